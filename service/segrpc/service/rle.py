@@ -1,0 +1,114 @@
+"""COCO run-length encoding: pure functions on masks, runs and compressed counts.
+
+A mask of ``height x width`` is read down its columns; its runs are alternately background and object, the first counts
+background and may be zero. ``counts`` is the compressed string of pycocotools: per run the difference to the run two
+before it (from the fourth run on), in groups of 5 bits, lowest first, each offset by 48; bit 5 says that more follow, bit
+4 of the last group is the sign (``rleToString`` in the COCO API's ``maskApi.c``).
+"""
+
+import io
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from pycocotools import mask as coco
+
+BoolMask = npt.NDArray[np.bool_]
+Runs = npt.NDArray[np.int64]
+
+_MAX_GROUPS = 7  # 35 bits: more than any run that fits an image
+
+
+def encode(mask: npt.NDArray[Any]) -> bytes:
+    """Compress a mask.
+
+    Args:
+        mask: ``[height, width]``; non-zero where the object is.
+
+    Returns:
+        The compressed counts, byte for byte those of pycocotools.
+    """
+    counts = coco.encode(np.asfortranarray(mask, dtype=np.uint8) if mask.dtype == np.bool_ else _binary(mask))["counts"]
+    return bytes(counts)
+
+
+def _binary(mask: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    return np.asfortranarray(mask != 0, dtype=np.uint8)
+
+
+def decode(counts: bytes, height: int, width: int) -> BoolMask:
+    """Expand compressed counts into a mask ``[height, width]`` of bool.
+
+    Raises:
+        ValueError: If the counts are malformed or do not sum to ``height * width``.
+    """
+    check(counts, height, width)
+    dense: BoolMask = coco.decode({"size": [height, width], "counts": counts}).view(np.bool_)
+    return dense
+
+
+def check(counts: bytes, height: int, width: int) -> None:
+    """Raise ValueError unless the counts are well formed and sum to ``height * width``.
+
+    pycocotools does not check: short or garbage counts decode into memory that was never written.
+    """
+    total = int(run_lengths(counts).sum())
+    if total != height * width:
+        raise ValueError(f"the runs sum to {total}, but height x width is {height} x {width} = {height * width}")
+
+
+def run_lengths(counts: bytes) -> Runs:
+    """Decompress counts into the lengths of the runs.
+
+    Raises:
+        ValueError: If the counts are malformed: bytes out of range, a group that does not end, a negative run.
+    """
+    groups = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - 48
+    if groups.size == 0:
+        raise ValueError("no runs")
+    if groups.min() < 0 or groups.max() > 63:
+        raise ValueError("a byte is out of the range 48 to 111")
+    last = np.flatnonzero(groups & 32 == 0)
+    if last.size == 0 or last[-1] != groups.size - 1:
+        raise ValueError("the last run is cut off")
+    first = np.concatenate(([0], last[:-1] + 1))
+    lengths = last - first + 1
+    if lengths.max() > _MAX_GROUPS:
+        raise ValueError("a run is too long")
+    position = np.arange(groups.size) - np.repeat(first, lengths)
+    values = np.add.reduceat((groups & 31) << (5 * position), first)
+    negative = groups[last] & 16 != 0
+    values[negative] -= 1 << (5 * lengths[negative])
+    values[1::2] = np.cumsum(values[1::2])
+    values[2::2] = np.cumsum(values[2::2])
+    if values.min() < 0:
+        raise ValueError("a run is negative")
+    return values
+
+
+def area(counts: bytes, height: int, width: int) -> int:
+    """Count the object pixels of counts that were checked or made here."""
+    return int(coco.area({"size": [height, width], "counts": counts}))
+
+
+def bounding_box(counts: bytes, height: int, width: int) -> tuple[int, int, int, int] | None:
+    """Find the smallest ``(x_min, y_min, x_max, y_max)`` that holds all object pixels, maxima excluded.
+
+    Args:
+        counts: Compressed counts that were checked or made here.
+        height: The mask's height in pixels.
+        width: The mask's width in pixels.
+
+    Returns:
+        The box, or None if the mask is empty.
+    """
+    x, y, w, h = (int(v) for v in coco.toBbox({"size": [height, width], "counts": counts}))
+    return (x, y, x + w, y + h) if w and h else None
+
+
+def to_png(counts: bytes, height: int, width: int) -> bytes:
+    """Render counts as a 1-bit greyscale PNG file, white where the object is."""
+    file = io.BytesIO()
+    Image.fromarray(decode(counts, height, width)).save(file, format="PNG")
+    return file.getvalue()
