@@ -1,7 +1,7 @@
 """What can go wrong, as exceptions that know nothing of gRPC.
 
-Every exception names its ``reason``, the word that programs act upon, and may name the fields that were wrong. One table
-in ``rpc/status.py`` turns the branches of this tree into gRPC statuses::
+Every exception names its ``reason``, the word that programs act upon, and may name the fields that were wrong. One
+table in ``rpc/status.py`` turns the branches of this tree into gRPC statuses::
 
     SegrpcError
     ├── InvalidInputError              the request is wrong; sending it again will not help

@@ -2,8 +2,8 @@
 
 A mask of ``height x width`` is read down its columns; its runs are alternately background and object, the first counts
 background and may be zero. ``counts`` is the compressed string of pycocotools: per run the difference to the run two
-before it (from the fourth run on), in groups of 5 bits, lowest first, each offset by 48; bit 5 says that more follow, bit
-4 of the last group is the sign (``rleToString`` in the COCO API's ``maskApi.c``).
+before it (from the fourth run on), in groups of 5 bits, lowest first, each offset by 48; bit 5 says that more follow,
+bit 4 of the last group is the sign (``rleToString`` in the COCO API's ``maskApi.c``).
 """
 
 import io

@@ -1,8 +1,8 @@
 """The values that models take and give, checked when they are made.
 
 `SegmentationInput` and `SegmentationOutput` are what a model of any kind sees. Prompts are columns: ``points[i]``,
-``labels[i]``, ``boxes[i]`` and ``mask_input[i]`` belong to prompt ``i``. Coordinates are ``x, y`` in pixels of the image as
-displayed; fractions are allowed.
+``labels[i]``, ``boxes[i]`` and ``mask_input[i]`` belong to prompt ``i``. Coordinates are ``x, y`` in pixels of the
+image as displayed; fractions are allowed.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,6 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError
-
 from segrpc.service import rle
 from segrpc.service.errors import Violation
 
@@ -164,7 +163,8 @@ class SegmentationInput(_Value):
         image: The image: encoded bytes, a path, a URL, a ``data:`` URL or base64. None keeps the current image
             (``reset_predictor=False``).
         image_embedding: A pre-computed embedding, for SAM 2 ``[1, 256, 64, 64]``; with ``high_resolution_features``.
-        high_resolution_features: Its finer levels, finest first: for SAM 2 ``[1, 32, 256, 256]``, ``[1, 64, 128, 128]``.
+        high_resolution_features: Its finer levels, finest first: for SAM 2 ``[1, 32, 256, 256]`` and
+            ``[1, 64, 128, 128]``.
         mask_input: Logits of an earlier mask of each prompt, ``[num_prompts, 1, 256, 256]``.
         reset_predictor: True for a new image; False keeps the image that the session used last.
         points: Clicks ``[num_prompts][num_points][2]`` as ``x, y`` in pixels, at least 0.
@@ -273,7 +273,8 @@ class SegmentationOutput(_Value):
             model does not say.
         image_embedding: The embedding, if asked for.
         high_resolution_features: Its finer levels, if asked for.
-        mask_logits: Low-resolution logits ``[num_predictions, num_masks, 256, 256]`` clamped to [-32, 32], if asked for.
+        mask_logits: Low-resolution logits ``[num_predictions, num_masks, 256, 256]`` clamped to [-32, 32],
+            if asked for.
     """
 
     masks: list[list[CompressedRLE]]

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
 from segrpc.service.errors import CapabilityMissingError, InvalidFieldError, NoPredictorStateError
 from segrpc.service.images.decode import ImageLimits, RGBImage, decode_image
 from segrpc.service.images.sources import SourcePolicy, read_source
@@ -277,7 +276,9 @@ def check_capabilities(input: SegmentationInput, metadata: ModelMetadata, model:
     size = metadata.mask_size
     if input.mask_input is not None and input.mask_input.shape[2:] != (size, size):
         shape = list(input.mask_input.shape[1:])
-        raise InvalidFieldError.of("mask_input", f"has shape {shape} for a prompt; model {model!r} takes [1, {size}, {size}]")
+        raise InvalidFieldError.of(
+            "mask_input", f"has shape {shape} for a prompt; model {model!r} takes [1, {size}, {size}]"
+        )
 
 
 def assemble_output(

@@ -59,7 +59,7 @@ def _from_entry_point(name: str) -> type[InferenceModel]:
         raise ModelLoadError(f"there is no model {name!r}; known are: {', '.join(model_names())}")
     try:
         loaded = found[0].load()
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
         extra = ", or install segrpc[sam2]" if name.startswith("sam2") else ""
         raise ModelLoadError(f"model {name!r} cannot be imported: {error}; install what it needs{extra}") from error
     # Importing the module may have registered it; otherwise the entry point is the class itself.

@@ -1,0 +1,75 @@
+# Every target sets up what it needs in .venv; nothing else on the machine is touched.
+# PYTHON=python3.12 chooses the interpreter, PIP_ARGS=... reaches every `pip install`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
+INSTALLED := $(VENV)/.installed
+PROTOS := $(sort $(wildcard protos/segrpc/v1/*.proto))
+STUBS := generated/python
+# What the contract must stay compatible with: the last release.
+BASE ?= $(shell git describe --tags --abbrev=0 2>/dev/null || echo main)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint fix protos check-protos bench serve clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED) ## create .venv with all that development needs
+
+# torch comes first: the build of sam2 imports it, and its own torch requirement must find the pinned one.
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (a few minutes, about 2 GB) ..."
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch setuptools hatchling editables
+	SAM2_BUILD_CUDA=0 $(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## segment the shipped photos and write overlays to demo-output/
+	$(BIN)/python -m tests.demo --output demo-output
+
+test: $(INSTALLED) lint check-protos ## run all checks and tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED) ## check format, lint, types and the direction of imports
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/buf lint
+
+fix: $(INSTALLED) ## repair format and lint where that can be done by machine
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/buf format --write
+
+# $(1): where the stubs go.
+define generate
+	$(BIN)/python -m grpc_tools.protoc -I protos \
+	  --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
+	  --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(PROTOS)
+	@touch $(1)/segrpc/v1/py.typed
+endef
+
+protos: $(INSTALLED) ## generate the stubs in generated/ anew
+	rm -rf $(STUBS)/segrpc
+	$(call generate,$(STUBS))
+
+check-protos: $(INSTALLED) ## prove that the stubs are fresh and the contract breaks no client of the last release
+	rm -rf $(VENV)/fresh-stubs && mkdir $(VENV)/fresh-stubs
+	$(call generate,$(VENV)/fresh-stubs)
+	diff --recursive --exclude __pycache__ $(VENV)/fresh-stubs $(STUBS)
+	@if git rev-parse --quiet --verify '$(BASE):protos' > /dev/null; \
+	  then $(BIN)/buf breaking --against '.git#ref=$(BASE)'; \
+	  else echo "no protos at $(BASE): nothing that could break"; fi
+
+bench: $(INSTALLED) ## measure latencies beside the in-process reference
+	$(BIN)/python -m tests.benchmarks.unary
+
+serve: $(INSTALLED) ## serve the GrabCut model on 127.0.0.1:50051 (ARGS=... adds options)
+	$(BIN)/segrpc-server serve $(ARGS)
+
+clean: ## remove what the other targets made
+	rm -rf $(VENV) demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

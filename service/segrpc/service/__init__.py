@@ -1,0 +1,1 @@
+"""The segrpc server and its models."""

@@ -1,0 +1,126 @@
+"""``segrpc-server``: serve models, and fetch checkpoints."""
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import PydanticUndefined
+from segrpc.service.engine.inline import InlineEngine
+from segrpc.service.errors import SegrpcError
+from segrpc.service.models.sam2.catalog import VARIANTS
+from segrpc.service.rpc.server import Server, image_limits
+from segrpc.service.schemas import violations_of
+from segrpc.service.settings import Settings
+
+_FILE_ONLY = {"models"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: The arguments without the program's name. Default: those of the process.
+
+    Returns:
+        The exit status: 0 if all went well, 1 if not, 2 for wrong usage.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except ValidationError as error:
+        found = "; ".join(f"{v.field or 'settings'}: {v.description}" for v in violations_of(error))
+        print(f"segrpc-server: {found}", file=sys.stderr)
+        return 2
+    except (SegrpcError, OSError, tomllib.TOMLDecodeError) as error:
+        print(f"segrpc-server: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="segrpc-server", description="Promptable image segmentation over gRPC.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    serve = commands.add_parser(
+        "serve",
+        help="serve models",
+        description="Serve models. Every option is also read from the environment (SEGRPC_LISTEN for --listen, and so "
+        "on; lists as JSON) and from the TOML file of --config (listen = ...); the command line wins.",
+    )
+    serve.add_argument("--config", type=Path, metavar="FILE", help="TOML file with settings")
+    _add_settings(serve)
+    serve.set_defaults(run=_serve)
+    pull = commands.add_parser(
+        "pull",
+        help="fetch the checkpoint of a SAM 2 model",
+        description="Fetch a published checkpoint from the Hugging Face hub, check it, and keep it for `serve`.",
+    )
+    pull.add_argument("model", choices=sorted(VARIANTS), metavar="MODEL", help=f"one of {', '.join(sorted(VARIANTS))}")
+    pull.add_argument("--hub-id", default="", help="another repository with a checkpoint of that size and file name")
+    pull.set_defaults(run=_pull)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add an option for each field of the settings; pydantic checks the values."""
+    for name, field in Settings.model_fields.items():
+        if name in _FILE_ONLY:
+            continue
+        flag, help_text = f"--{name.replace('_', '-')}", (field.description or "").replace("%", "%%")
+        if field.default not in (None, "", (), PydanticUndefined):
+            help_text += f" (default: {field.default})"
+        options: dict[str, Any] = {"dest": f"settings.{name}", "default": argparse.SUPPRESS, "help": help_text}
+        if field.annotation is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["metavar"] = name.rsplit("_", maxsplit=1)[-1].upper()
+            options["action"] = "append" if field.default == () else "store"
+        parser.add_argument(flag, **options)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    prefix = "settings."
+    given = {name.removeprefix(prefix): value for name, value in vars(args).items() if name.startswith(prefix)}
+    settings = Settings.load(args.config, given)
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs whole URLs, which may hold secrets
+    asyncio.run(_serve_until_told(settings))
+    return 0
+
+
+async def _serve_until_told(settings: Settings) -> None:
+    engine = InlineEngine(
+        settings.deployments(), image_limits(settings), settings.embedding_cache_bytes, settings.max_pending
+    )
+    server = Server(settings, engine)
+    address = await server.start()
+    told = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, told.set)
+    names = ", ".join(model.name for model in engine.models)
+    print(f"segrpc-server is serving {names} on {address}", flush=True)
+    await told.wait()
+    await server.stop()
+
+
+def _pull(args: argparse.Namespace) -> int:
+    # Imported here: torch takes seconds to import, and is not there without the extra.
+    from segrpc.service.models.sam2.checkpoint import build_model, read_checkpoint
+    from segrpc.service.models.sam2.hub import pull
+
+    variant = VARIANTS[args.model]
+    file = pull(variant, args.hub_id)
+    build_model(read_checkpoint(file), variant.config, "cpu", f"the fetched checkpoint {str(file)!r}")
+    print(f"{args.model} is ready at {file}\nserve it with: segrpc-server serve --model {args.model}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

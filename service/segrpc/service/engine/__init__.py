@@ -1,0 +1,1 @@
+"""Running models: the engine protocol and its implementations."""

@@ -1,0 +1,70 @@
+"""The images of a server: from any source to bytes with a digest."""
+
+from dataclasses import dataclass, field
+
+from segrpc.service.errors import InvalidFieldError
+from segrpc.service.images.decode import ImageHeader, ImageLimits, read_header
+from segrpc.service.images.sources import SourcePolicy, read_uri
+from segrpc.service.images.store import ImageStore
+
+
+@dataclass(frozen=True, slots=True)
+class KnownImage:
+    """An encoded image that was looked at.
+
+    Attributes:
+        digest: ``sha256:`` and 64 hexadecimal digits of ``data``.
+        data: The encoded file.
+        header: Its size and orientation.
+    """
+
+    digest: str
+    data: bytes = field(repr=False)
+    header: ImageHeader
+
+
+class ImageLibrary:
+    """Finds images by bytes, URI or digest, and keeps them for a while. Its methods may block: call them in a thread.
+
+    Args:
+        store: Where images are kept.
+        policy: Which URIs may be read.
+        limits: What images must keep to.
+    """
+
+    def __init__(self, store: ImageStore, policy: SourcePolicy, limits: ImageLimits) -> None:
+        self._store = store
+        self._policy = policy
+        self._limits = limits
+
+    def from_data(self, data: bytes) -> KnownImage:
+        """Look at an encoded file and keep it.
+
+        Raises:
+            InvalidFieldError: If it is empty.
+            ImageTooLargeError: If it has too many bytes or pixels.
+            ImageUndecodableError: If it is no image.
+        """
+        if not data:
+            raise InvalidFieldError.of("data", "is empty; must be an encoded image")
+        header = read_header(data, self._limits)
+        return KnownImage(self._store.put(data), data, header)
+
+    def from_uri(self, uri: str) -> KnownImage:
+        """Read a URI, as far as the policy allows, and keep the image.
+
+        Raises:
+            UriNotAllowedError: If the policy forbids it.
+            ImageFetchError: If it does not give a file.
+        """
+        return self.from_data(read_uri(uri, self._policy, self._limits))
+
+    def from_digest(self, digest: str) -> KnownImage:
+        """Find an image that was seen before.
+
+        Raises:
+            InvalidFieldError: If the digest is malformed.
+            ImageNotFoundError: If the image is not at hand.
+        """
+        data = self._store.get(digest)
+        return KnownImage(digest, data, read_header(data, self._limits))

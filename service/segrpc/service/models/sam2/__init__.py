@@ -1,0 +1,1 @@
+"""The SAM 2 and SAM 2.1 models."""

@@ -1,0 +1,267 @@
+"""SAM 2 as a `PromptableModel`: the computation of ``SAM2ImagePredictor``, without its state.
+
+Each step repeats the reference (``sam2.sam2_image_predictor`` of sam2 1.1) operation for operation, so that in float32
+on a CPU logits and masks are bit-identical. What differs: the encoded image is a value instead of the predictor's
+state, there is no torchvision, and the object score is kept.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from sam2.modeling.sam2_base import SAM2Base
+from segrpc.service.errors import EmbeddingMismatchError, ModelLoadError, OutOfMemoryError, Violation
+from segrpc.service.images.decode import RGBImage
+from segrpc.service.models.base import Decoded, DecodeRequest, Embedding, PromptableModel
+from segrpc.service.models.registry import register_model
+from segrpc.service.models.sam2 import hub
+from segrpc.service.models.sam2.catalog import VARIANTS
+from segrpc.service.models.sam2.checkpoint import build_model, identify, read_checkpoint
+from segrpc.service.schemas import CompressedRLE, FloatType, ModelDeploymentConfig, ModelMetadata, NDArrayFloat
+from torch.nn import functional
+
+_MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as the reference normalises
+_STD = (0.229, 0.224, 0.225)
+_DTYPES: dict[FloatType, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_PARAMS = {"checkpoint", "config", "device", "dtype", "hub_id", "threads"}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Features:
+    """The three feature maps of an encoded image, on the model's device."""
+
+    image_embed: torch.Tensor  # [1, 256, S/16, S/16]
+    high_res: tuple[torch.Tensor, torch.Tensor]  # [1, 32, S/4, S/4], [1, 64, S/8, S/8]
+
+
+@register_model("sam2", *VARIANTS)
+class Sam2(PromptableModel):
+    """SAM 2 or SAM 2.1 of any size.
+
+    Model parameters:
+        checkpoint: A ``.pt`` file. Default: the published one, if ``segrpc-server pull`` fetched it before.
+        hub_id: Another repository of the hub to look for it in.
+        config: The name of a configuration in the package ``sam2``. Default: that of the registered name; under the
+            name ``sam2`` it is told from the weights.
+        device: ``auto`` (the default: CUDA if there is any), ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: ``float32`` (the default), ``bfloat16`` or ``float16``: the precision of autocast.
+        threads: Threads for computing on the CPU; sets them for the whole process. Default: as torch chooses.
+    """
+
+    _model: SAM2Base
+
+    def __init__(self, config: ModelDeploymentConfig) -> None:
+        super().__init__(config)
+        params = config.model_params
+        unknown = params.keys() - _PARAMS
+        if unknown:
+            raise ModelLoadError(
+                f"model {config.name!r} does not understand {', '.join(sorted(unknown))}; it takes "
+                f"{', '.join(sorted(_PARAMS))}"
+            )
+        dtype: FloatType = params.get("dtype") or "float32"
+        if dtype not in _DTYPES:
+            raise ModelLoadError(f"dtype {dtype!r} is unknown; give float32, bfloat16 or float16")
+        self._dtype = dtype
+        self._device = _device(params.get("device") or "auto")
+
+    @property
+    def metadata(self) -> ModelMetadata:
+        """What it is and can do; known once it is loaded."""
+        size = self._model.image_size
+        return ModelMetadata(
+            family="sam2",
+            input_size=size,
+            mask_size=size // 4,
+            mask_counts=(1, 3),
+            mask_input=True,
+            embeddings=True,
+            device=str(self._device),
+            compute_dtype=self._dtype,
+        )
+
+    def load_model(self) -> None:
+        """Read the checkpoint and build the network. See `InferenceModel.load_model`."""
+        params = self.config.model_params
+        if params.get("threads"):
+            torch.set_num_threads(int(params["threads"]))
+        file = self._checkpoint()
+        state = read_checkpoint(file)
+        variant = VARIANTS.get(self.config.registered_name) or identify(state)
+        config = params.get("config") or (variant and variant.config)
+        if not config:
+            raise ModelLoadError(f"checkpoint {str(file)!r} is of no published size: give its config")
+        self._model = build_model(state, config, self._device, f"checkpoint {str(file)!r}")
+        self._mean = torch.tensor(_MEAN, device=self._device)[:, None, None]
+        self._std = torch.tensor(_STD, device=self._device)[:, None, None]
+
+    def _checkpoint(self) -> Path:
+        params = self.config.model_params
+        if params.get("checkpoint"):
+            return Path(params["checkpoint"])
+        name = self.config.registered_name
+        if name not in VARIANTS:
+            raise ModelLoadError(f"model {name!r} needs a checkpoint file")
+        found = hub.find(VARIANTS[name], params.get("hub_id") or "")
+        if found is None:
+            raise ModelLoadError(
+                f"model {name!r} needs its weights: fetch them with `segrpc-server pull {name}`, or give a checkpoint"
+            )
+        return found
+
+    def unload(self) -> None:
+        """Free the network and the device's memory."""
+        del self._model
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def embed(self, image: RGBImage) -> Embedding:
+        """Encode an image ``[height, width, 3]``; see ``SAM2ImagePredictor.set_image``."""
+        with self._computing():
+            outputs = self._model.forward_image(self._preprocess(image))
+            _, features, _, sizes = self._model._prepare_backbone_features(outputs)
+            if self._model.directly_add_no_mem_embed:
+                features[-1] = features[-1] + self._model.no_mem_embed
+            # The finest first, each as [1, channels, height, width].
+            maps = [f.permute(1, 2, 0).view(1, -1, *size) for f, size in zip(features, sizes, strict=True)]
+        return self._embedding(image.shape[1], image.shape[0], maps)
+
+    def _preprocess(self, image: RGBImage) -> torch.Tensor:
+        size = self._model.image_size
+        planes = torch.from_numpy(image.transpose(2, 0, 1).copy()).to(self._device).float().div(255)
+        resized = functional.interpolate(
+            planes[None], (size, size), mode="bilinear", align_corners=False, antialias=True
+        )
+        return (resized - self._mean) / self._std
+
+    def _embedding(self, width: int, height: int, maps: Sequence[torch.Tensor]) -> Embedding:
+        fine, medium, coarse = maps
+        nbytes = sum(m.numel() * m.element_size() for m in maps)
+        return Embedding(width, height, _Features(coarse, (fine, medium)), nbytes)
+
+    def decode(self, requests: Sequence[DecodeRequest]) -> list[Decoded]:
+        """Decode prompts one by one; see ``SAM2ImagePredictor.predict``.
+
+        Not as one batch: that changes logits in the last bits, and ragged prompts must never be padded.
+        """
+        with self._computing():
+            return [self._decode(request) for request in requests]
+
+    def _decode(self, request: DecodeRequest) -> Decoded:
+        features: _Features = request.embedding.features
+        encoder, decoder = self._model.sam_prompt_encoder, self._model.sam_mask_decoder
+        mask = None
+        if request.mask_input is not None:
+            mask = torch.tensor(request.mask_input, device=self._device)[None]
+        sparse, dense = encoder(points=self._tokens(request), boxes=None, masks=mask)
+        logits, scores, _, object_score = decoder(
+            image_embeddings=features.image_embed,
+            image_pe=encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=request.num_masks > 1,
+            repeat_image=False,
+            high_res_features=list(features.high_res),
+        )
+        return Decoded(
+            logits=logits[0].float().cpu().numpy(),
+            scores=scores[0].float().cpu().numpy(),
+            object_score=float(object_score[0, 0]),
+        )
+
+    def _tokens(self, request: DecodeRequest) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return coordinates ``[1, n, 2]`` in the model's frame and labels ``[1, n]``: the box's corners come first."""
+        coordinates = request.points
+        labels = request.labels
+        if request.box is not None:
+            coordinates = np.concatenate([request.box.reshape(2, 2), coordinates])
+            labels = np.concatenate([np.array([2, 3], dtype=np.int32), labels])
+        if not len(labels):
+            return None
+        xy = torch.tensor(coordinates, device=self._device)[None]
+        xy[..., 0] = xy[..., 0] / request.embedding.width
+        xy[..., 1] = xy[..., 1] / request.embedding.height
+        return xy * self._model.image_size, torch.tensor(labels, device=self._device)[None]
+
+    def to_masks(self, decoded: Decoded, width: int, height: int) -> list[CompressedRLE]:
+        """Upsample the logits (not clamped) and threshold them strictly above 0."""
+        with self._computing():
+            logits = torch.from_numpy(decoded.logits).to(self._device)[None]
+            upsampled = functional.interpolate(logits, (height, width), mode="bilinear", align_corners=False)
+            masks = (upsampled[0] > 0.0).cpu().numpy()
+        return [CompressedRLE.from_mask(mask) for mask in masks]
+
+    def export_embedding(self, embedding: Embedding, dtype: FloatType) -> tuple[NDArrayFloat, list[NDArrayFloat]]:
+        """Return ``[1, 256, 64, 64]``, and ``[1, 32, 256, 256]`` with ``[1, 64, 128, 128]``."""
+        features: _Features = embedding.features
+        coarse, *fine = (
+            NDArrayFloat.from_numpy(tensor.float().cpu().numpy(), dtype)
+            for tensor in (features.image_embed, *features.high_res)
+        )
+        return coarse, fine
+
+    def import_embedding(
+        self, image_embedding: NDArrayFloat, high_resolution_features: list[NDArrayFloat], width: int, height: int
+    ) -> Embedding:
+        """See `PromptableModel.import_embedding`."""
+        side = self._model.image_size // 4
+        channels = [
+            self._model.sam_mask_decoder.conv_s0.out_channels,
+            self._model.sam_mask_decoder.conv_s1.out_channels,
+        ]
+        given = [image_embedding, *high_resolution_features]
+        expected = [(1, self._model.hidden_dim, side // 4, side // 4)]
+        expected += [(1, c, side >> level, side >> level) for level, c in enumerate(channels)]
+        if len(given) != len(expected):
+            raise EmbeddingMismatchError(
+                f"model {self.config.name!r} takes {len(channels)} high_resolution_features, not {len(given) - 1}",
+                [Violation("high_resolution_features", f"must be {len(channels)} tensors")],
+            )
+        names = ["image_embedding", "high_resolution_features[0]", "high_resolution_features[1]"]
+        wrong = [
+            Violation(name, f"has shape {list(tensor.shape)}; model {self.config.name!r} takes {list(shape)}")
+            for name, tensor, shape in zip(names, given, expected, strict=True)
+            if tensor.shape != shape
+        ]
+        if wrong:
+            raise EmbeddingMismatchError(f"{wrong[0].field} {wrong[0].description}", wrong)
+        # As autocast leaves them: the finer levels come out of convolutions, the sum that is the coarse one is float32.
+        dtypes = [torch.float32, _DTYPES[self._dtype], _DTYPES[self._dtype]]
+        coarse, fine, medium = (
+            torch.tensor(tensor.to_numpy(), device=self._device).to(dtype)
+            for tensor, dtype in zip(given, dtypes, strict=True)
+        )
+        # In the layout that the encoder leaves it in: another one changes the order of summation, and so the last bits.
+        coarse = coarse.contiguous(memory_format=torch.channels_last)
+        return self._embedding(width, height, (fine, medium, coarse))
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Enter inference mode and autocast, which are per thread, and name the device's exhaustion."""
+        autocast = torch.autocast(self._device.type, _DTYPES[self._dtype], enabled=self._dtype != "float32")
+        try:
+            with torch.inference_mode(), autocast:
+                yield
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            raise OutOfMemoryError(f"{self._device} has no memory left; send smaller or fewer requests") from error
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelLoadError(f"device {name!r} is unknown; give auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ModelLoadError(f"device {name!r} is not supported; give auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelLoadError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    return device

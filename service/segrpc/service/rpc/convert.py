@@ -1,0 +1,312 @@
+"""Between messages and pydantic values: pure functions.
+
+What pydantic finds wrong in its own terms (``points[0][2][0]``) is reported in the request's terms
+(``prompts[0].points[2].x``).
+"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
+
+import numpy as np
+from google.protobuf import duration_pb2
+from pydantic import ValidationError
+from segrpc.service import rle
+from segrpc.service.engine.base import EncodeResult, SegmentResult, ServedModel, StageTimes
+from segrpc.service.errors import InvalidFieldError, SegrpcError, Violation
+from segrpc.service.images.decode import ImageHeader
+from segrpc.service.schemas import (
+    CompressedRLE,
+    FloatType,
+    NDArrayFloat,
+    SegmentationInput,
+    SegmentationOutput,
+    violations_of,
+)
+from segrpc.v1 import model_service_pb2, segmentation_service_pb2, types_pb2
+
+MAX_NAME = 128  # characters of request_id, session_id and model
+DEFAULT_MULTIMASK_OUTPUTS = 3
+
+_FLOAT_TYPES: dict[types_pb2.DataType.ValueType, FloatType] = {
+    types_pb2.DATA_TYPE_FLOAT32: "float32",
+    types_pb2.DATA_TYPE_FLOAT16: "float16",
+    types_pb2.DATA_TYPE_BFLOAT16: "bfloat16",
+}
+_DATA_TYPES = {name: number for number, name in _FLOAT_TYPES.items()}
+_LABELS: dict[types_pb2.PointLabel.ValueType, Literal[0, 1]] = {
+    types_pb2.POINT_LABEL_UNSPECIFIED: 1,
+    types_pb2.POINT_LABEL_FOREGROUND: 1,
+    types_pb2.POINT_LABEL_BACKGROUND: 0,
+}
+_CORNERS = ("x_min", "y_min", "x_max", "y_max")
+
+
+# Requests
+
+
+def check_name(field: str, value: str) -> None:
+    """Raise InvalidFieldError if a client's name for something is too long."""
+    if len(value) > MAX_NAME:
+        raise InvalidFieldError.of(field, f"has {len(value)} characters; at most {MAX_NAME} are allowed")
+
+
+def check_prompt_limits(request: segmentation_service_pb2.SegmentRequest, max_prompts: int, max_points: int) -> None:
+    """Raise InvalidFieldError if a request has too many prompts or points."""
+    if len(request.prompts) > max_prompts:
+        raise InvalidFieldError.of("prompts", f"has {len(request.prompts)} prompts; at most {max_prompts} are allowed")
+    for i, prompt in enumerate(request.prompts):
+        if len(prompt.points) > max_points:
+            text = f"has {len(prompt.points)} points; at most {max_points} are allowed"
+            raise InvalidFieldError.of(f"prompts[{i}].points", text)
+
+
+def segmentation_input(request: segmentation_service_pb2.SegmentRequest, image: bytes) -> SegmentationInput:
+    """Turn a request, whose image was resolved, into the model's input.
+
+    Raises:
+        InvalidFieldError: If a field is missing, out of range, not finite or of the wrong shape.
+    """
+    prompts, output = request.prompts, request.output
+    check_mask_encoding(output)
+    mask_input = _mask_input(prompts)
+    embedding = (
+        _float_array(request.image_embedding, "image_embedding") if request.HasField("image_embedding") else None
+    )
+    features = [
+        _float_array(tensor, f"high_resolution_features[{i}]")
+        for i, tensor in enumerate(request.high_resolution_features)
+    ]
+    try:
+        return SegmentationInput(
+            image=image,
+            image_embedding=embedding,
+            high_resolution_features=features or None,
+            mask_input=mask_input,
+            points=[[[p.x, p.y] for p in prompt.points] for prompt in prompts],
+            labels=[[_label(p, i, j) for j, p in enumerate(prompt.points)] for i, prompt in enumerate(prompts)],
+            boxes=[_box(prompt) for prompt in prompts],
+            multimask_output=output.multimask_output if output.HasField("multimask_output") else True,
+            num_multimask_outputs=(
+                output.num_multimask_outputs if output.HasField("num_multimask_outputs") else DEFAULT_MULTIMASK_OUTPUTS
+            ),
+            return_image_embedding=output.return_image_embedding,
+            return_logits=output.return_logits,
+        )
+    except ValidationError as error:
+        raise in_request_terms(InvalidFieldError.of_all(violations_of(error))) from None
+
+
+def check_mask_encoding(output: types_pb2.OutputOptions) -> None:
+    """Raise InvalidFieldError if the encoding is none that this version knows."""
+    if output.mask_encoding not in types_pb2.MaskEncoding.values():
+        raise InvalidFieldError.of("output.mask_encoding", f"{output.mask_encoding} is unknown")
+
+
+def tensor_dtype(value: types_pb2.DataType.ValueType, field: str) -> FloatType:
+    """Translate the option for the element type of returned tensors; unspecified is float32.
+
+    Raises:
+        InvalidFieldError: If it is no floating-point type.
+    """
+    if value == types_pb2.DATA_TYPE_UNSPECIFIED:
+        return "float32"
+    if value not in _FLOAT_TYPES:
+        raise InvalidFieldError.of(field, "must be DATA_TYPE_FLOAT32, DATA_TYPE_FLOAT16 or DATA_TYPE_BFLOAT16")
+    return _FLOAT_TYPES[value]
+
+
+def _label(point: types_pb2.Point, i: int, j: int) -> Literal[0, 1]:
+    if point.label not in _LABELS:
+        text = f"{point.label} is unknown; must be POINT_LABEL_FOREGROUND or POINT_LABEL_BACKGROUND"
+        raise InvalidFieldError.of(f"prompts[{i}].points[{j}].label", text)
+    return _LABELS[point.label]
+
+
+def _box(prompt: types_pb2.Prompt) -> list[float] | None:
+    return [getattr(prompt.box, corner) for corner in _CORNERS] if prompt.HasField("box") else None
+
+
+def _mask_input(prompts: Sequence[types_pb2.Prompt]) -> NDArrayFloat | None:
+    """Stack the mask inputs of all prompts into ``[num_prompts, 1, size, size]``."""
+    given = [prompt.HasField("mask_input") for prompt in prompts]
+    if not any(given):
+        return None
+    if not all(given):
+        missing = given.index(False)
+        raise InvalidFieldError.of(
+            f"prompts[{missing}].mask_input", "is required: another prompt of the request has one"
+        )
+    arrays = [_float_array(p.mask_input, f"prompts[{i}].mask_input") for i, p in enumerate(prompts)]
+    for i, array in enumerate(arrays):
+        if len(array.shape) != 3 or array.shape[0] != 1 or array.shape != arrays[0].shape:
+            raise InvalidFieldError.of(
+                f"prompts[{i}].mask_input", f"has shape {list(array.shape)}; it must be one candidate, [1, size, size]"
+            )
+    if len(arrays) == 1:
+        only = arrays[0]
+        return NDArrayFloat.model_construct(data=only.data, shape=(1, *only.shape), dtype=only.dtype)
+    return NDArrayFloat.from_numpy(np.stack([array.to_numpy() for array in arrays]))
+
+
+def _float_array(tensor: types_pb2.Tensor, field: str) -> NDArrayFloat:
+    if tensor.dtype not in _FLOAT_TYPES:
+        name = types_pb2.DataType.Name(tensor.dtype) if tensor.dtype in types_pb2.DataType.values() else tensor.dtype
+        raise InvalidFieldError.of(f"{field}.dtype", f"{name} is no floating-point type")
+    try:
+        return NDArrayFloat(data=tensor.data, shape=tuple(tensor.shape), dtype=_FLOAT_TYPES[tensor.dtype])
+    except ValidationError as error:
+        found = violations_of(error)
+        raise InvalidFieldError.of_all(Violation(f"{field}.{v.field}", v.description) for v in found) from None
+
+
+# Field paths
+
+_PATHS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], str]], ...] = (
+    (re.compile(r"points\[(\d+)\]\[(\d+)\]\[(\d)\]"), lambda m: f"prompts[{m[1]}].points[{m[2]}].{'xy'[int(m[3])]}"),
+    (re.compile(r"points\[(\d+)\]\[(\d+)\]"), lambda m: f"prompts[{m[1]}].points[{m[2]}]"),
+    (re.compile(r"labels\[(\d+)\]\[(\d+)\]"), lambda m: f"prompts[{m[1]}].points[{m[2]}].label"),
+    (re.compile(r"boxes\[(\d+)\]\[(\d)\]"), lambda m: f"prompts[{m[1]}].box.{_CORNERS[int(m[2])]}"),
+    (re.compile(r"boxes\[(\d+)\]"), lambda m: f"prompts[{m[1]}].box"),
+    # A prompt's own path ends here: an empty prompt is blamed on its points by the columns.
+    (re.compile(r"(?:points|labels)\[(\d+)\]"), lambda m: f"prompts[{m[1]}]"),
+    (re.compile(r"points|labels|boxes"), lambda m: "prompts"),
+    (re.compile(r"mask_input"), lambda m: "prompts[0].mask_input"),
+    (
+        re.compile(r"(?:num_multimask_outputs|multimask_output|return_image_embedding|return_logits)"),
+        lambda m: f"output.{m[0]}",
+    ),
+)
+
+
+def request_path(path: str) -> str:
+    """Translate a path in a `SegmentationInput` into one in a request; other paths stay."""
+    for pattern, translate in _PATHS:
+        if found := pattern.match(path):
+            return translate(found) + path[found.end() :]
+    return path
+
+
+def in_request_terms(error: SegrpcError) -> SegrpcError:
+    """Translate the paths of an error that came from below; returns an error of the same class."""
+    violations = [Violation(request_path(v.field), v.description) for v in error.violations]
+    if isinstance(error, InvalidFieldError) and violations:
+        return type(error).of_all(violations)
+    error.violations = tuple(violations)
+    return error
+
+
+# Responses
+
+
+def segment_response(
+    request_id: str, model: str, digest: str, result: SegmentResult, mask_encoding: int, total: float
+) -> segmentation_service_pb2.SegmentResponse:
+    """Put an engine's result into a message."""
+    output = result.output
+    response = segmentation_service_pb2.SegmentResponse(
+        request_id=request_id,
+        model=model,
+        image=image_info(digest, result.header),
+        predictions=_predictions(output, mask_encoding),
+        high_resolution_features=[tensor(t) for t in output.high_resolution_features or ()],
+        timing=timing(result.times, total),
+    )
+    if output.mask_logits is not None:
+        response.mask_logits.CopyFrom(tensor(output.mask_logits))
+    if output.image_embedding is not None:
+        response.image_embedding.CopyFrom(tensor(output.image_embedding))
+    return response
+
+
+def encode_image_response(
+    request_id: str, model: str, digest: str, result: EncodeResult, total: float
+) -> segmentation_service_pb2.EncodeImageResponse:
+    """Put an engine's result into a message."""
+    response = segmentation_service_pb2.EncodeImageResponse(
+        request_id=request_id,
+        model=model,
+        image=image_info(digest, result.header),
+        high_resolution_features=[tensor(t) for t in result.high_resolution_features],
+        timing=timing(result.times, total),
+    )
+    if result.image_embedding is not None:
+        response.image_embedding.CopyFrom(tensor(result.image_embedding))
+    return response
+
+
+def _predictions(output: SegmentationOutput, mask_encoding: int) -> Iterable[types_pb2.Prediction]:
+    if output.scores is None:
+        return
+    scores = output.scores.to_numpy()
+    objects = output.object_scores.to_numpy() if output.object_scores is not None else np.zeros(len(scores), np.float32)
+    for masks, row, object_score in zip(output.masks, scores, objects, strict=True):
+        messages = [mask_message(mask, float(score), mask_encoding) for mask, score in zip(masks, row, strict=True)]
+        yield types_pb2.Prediction(masks=messages, object_score=float(object_score))
+
+
+def mask_message(mask: CompressedRLE, score: float, mask_encoding: int) -> types_pb2.Mask:
+    """Put a mask into a message, encoded as asked."""
+    height, width = mask.size
+    message = types_pb2.Mask(height=height, width=width, score=score, area=rle.area(mask.counts, height, width))
+    if mask_encoding == types_pb2.MASK_ENCODING_RUN_LENGTHS:
+        message.run_lengths.lengths.extend(rle.run_lengths(mask.counts).tolist())
+    elif mask_encoding == types_pb2.MASK_ENCODING_PNG:
+        message.png = rle.to_png(mask.counts, height, width)
+    else:
+        message.coco_rle = mask.counts
+    box = rle.bounding_box(mask.counts, height, width)
+    if box is not None:
+        message.bounding_box.CopyFrom(types_pb2.Box(**dict(zip(_CORNERS, box, strict=True))))
+    return message
+
+
+def tensor(array: NDArrayFloat) -> types_pb2.Tensor:
+    """Put an array into a message."""
+    return types_pb2.Tensor(dtype=_DATA_TYPES[array.dtype], shape=array.shape, data=array.data)
+
+
+def image_info(digest: str, header: ImageHeader) -> types_pb2.ImageInfo:
+    """Put what is known of an image into a message."""
+    return types_pb2.ImageInfo(
+        digest=digest, width=header.width, height=header.height, exif_orientation=header.exif_orientation
+    )
+
+
+def timing(times: StageTimes, total: float) -> types_pb2.Timing:
+    """Put stage times, in seconds, into a message."""
+    return types_pb2.Timing(
+        queue=_duration(times.queue),
+        decode_image=_duration(times.decode_image),
+        encode_image=_duration(times.encode_image),
+        decode_mask=_duration(times.decode_mask),
+        postprocess=_duration(times.postprocess),
+        total=_duration(total),
+        embedding_cached=times.embedding_cached,
+    )
+
+
+def _duration(seconds: float) -> duration_pb2.Duration:
+    duration = duration_pb2.Duration()
+    duration.FromNanoseconds(round(seconds * 1e9))
+    return duration
+
+
+def model_message(model: ServedModel, is_default: bool, limits: model_service_pb2.Limits) -> model_service_pb2.Model:
+    """Put the description of a model into a message."""
+    about = model.metadata
+    return model_service_pb2.Model(
+        name=model.name,
+        family=about.family,
+        is_default=is_default,
+        input_size=about.input_size,
+        mask_size=about.mask_size,
+        mask_counts=about.mask_counts,
+        points=about.points,
+        boxes=about.boxes,
+        mask_input=about.mask_input,
+        embeddings=about.embeddings,
+        device=about.device,
+        compute_dtype=_DATA_TYPES[about.compute_dtype],
+        limits=limits,
+    )

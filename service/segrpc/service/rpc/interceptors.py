@@ -1,0 +1,196 @@
+"""The boundary of every call: parsing, errors to statuses, request ids, one line of log, draining."""
+
+import asyncio
+import inspect
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc import status_pb2
+from segrpc.service.errors import DrainingError, MalformedMessageError, SegrpcError
+from segrpc.service.rpc.status import DETAILS_KEY, internal_status, status_of
+
+log = logging.getLogger("segrpc.rpc")
+
+T = TypeVar("T")
+
+OFFLOAD_BYTES = 256 * 1024  # larger messages are parsed and serialised in a thread: the loop must stay free
+
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+_OWN_SERVICES = "/segrpc."
+
+
+class Boundary(grpc.aio.ServerInterceptor):
+    """Wraps every handler.
+
+    Messages reach it as bytes, because grpc answers UNKNOWN to bytes that it cannot parse; what handlers raise leaves
+    it as a status of the table in `segrpc.service.rpc.status`.
+    """
+
+    def __init__(self) -> None:
+        self._active = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = False
+
+    async def drain(self, seconds: float) -> bool:
+        """Refuse new calls of the segmentation and model services; wait for those in progress.
+
+        Args:
+            seconds: How long to wait at most.
+
+        Returns:
+            Whether all have ended.
+        """
+        self._draining = True
+        try:
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Replace a handler by a wrapped one."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        method = handler_call_details.method
+        parse = handler.request_deserializer
+        if handler.unary_unary:
+            wrapped = self._unary_unary(method, parse, handler.unary_unary, handler.response_serializer)
+            return handler._replace(request_deserializer=None, response_serializer=None, unary_unary=wrapped)  # type: ignore[attr-defined,no-any-return]
+        if handler.stream_unary:
+            wrapped = self._stream_unary(method, parse, handler.stream_unary)
+            return handler._replace(request_deserializer=None, stream_unary=wrapped)  # type: ignore[attr-defined,no-any-return]
+        if handler.unary_stream:
+            wrapped = self._to_stream(method, _parser(method, parse), handler.unary_stream)
+            return handler._replace(request_deserializer=None, unary_stream=wrapped)  # type: ignore[attr-defined,no-any-return]
+        wrapped = self._to_stream(method, _stream_parser(method, parse), handler.stream_stream)
+        return handler._replace(request_deserializer=None, stream_stream=wrapped)  # type: ignore[attr-defined,no-any-return]
+
+    def _unary_unary(self, method: str, parse: Any, behaviour: Any, serialise: Any) -> Any:
+        async def call(raw: bytes, context: Any) -> bytes:
+            async with self._call(method, context) as ids:
+                request = await _sized(len(raw), _parser(method, parse), raw)
+                ids.adopt(request)
+                response = await behaviour(request, context)
+                data: bytes = await _sized(response.ByteSize(), serialise, response)
+                return data
+
+        return call
+
+    def _stream_unary(self, method: str, parse: Any, behaviour: Any) -> Any:
+        async def call(raw: AsyncIterator[bytes], context: Any) -> Any:
+            async with self._call(method, context):
+                return await behaviour(_stream_parser(method, parse)(raw), context)
+
+        return call
+
+    def _to_stream(self, method: str, parse: Callable[[Any], Any], behaviour: Any) -> Any:
+        """Wrap a handler that answers with a stream: an async generator, or a coroutine that writes."""
+        if inspect.isasyncgenfunction(behaviour):
+
+            async def generate(raw: Any, context: Any) -> AsyncIterator[Any]:
+                async with self._call(method, context):
+                    async for response in behaviour(parse(raw), context):
+                        yield response
+
+            return generate
+
+        async def call(raw: Any, context: Any) -> Any:
+            async with self._call(method, context):
+                return await behaviour(parse(raw), context)
+
+        return call
+
+    @asynccontextmanager
+    async def _call(self, method: str, context: Any) -> AsyncIterator["_Ids"]:
+        """Turn what is raised inside into a status, count the call and log it."""
+        ids, start, outcome = _Ids(), time.perf_counter(), "CANCELLED"
+        own = method.startswith(_OWN_SERVICES)
+        try:
+            if own:
+                self._begin()
+            yield ids
+            outcome = "OK"
+        except grpc.aio.AbortError:
+            outcome = "ABORTED BY HANDLER"
+            raise
+        except SegrpcError as error:
+            status = status_of(error, ids.request_id)
+            outcome = f"{_CODES[status.code].name} {error.reason} {error.message}"
+            await _abort(context, status)
+        except Exception:
+            error_id = ids.request_id or uuid.uuid4().hex
+            outcome = "INTERNAL"
+            log.exception("bug in %s, error id %s", method, error_id)
+            await _abort(context, internal_status(error_id))
+        finally:
+            if own:
+                self._end()
+                milliseconds = (time.perf_counter() - start) * 1e3
+                log.info("%s request_id=%s %.1f ms %s", method, ids.request_id or "-", milliseconds, outcome)
+
+    def _begin(self) -> None:
+        self._active += 1
+        self._idle.clear()
+        if self._draining:
+            raise DrainingError("the server is shutting down; ask another, or this one later", retry_after=1.0)
+
+    def _end(self) -> None:
+        self._active -= 1
+        if not self._active:
+            self._idle.set()
+
+
+class _Ids:
+    """The request id of a call, once its message is known."""
+
+    def __init__(self) -> None:
+        self.request_id = ""
+
+    def adopt(self, request: Any) -> None:
+        """Take the message's own id, or invent one and put it into the message."""
+        if "request_id" in request.DESCRIPTOR.fields_by_name:
+            request.request_id = request.request_id or uuid.uuid4().hex
+            self.request_id = request.request_id[:128]
+
+
+def _parser(method: str, parse: Any) -> Callable[[bytes], Any]:
+    def parsed(raw: bytes) -> Any:
+        try:
+            return parse(raw)
+        except DecodeError:
+            raise MalformedMessageError(f"the {len(raw)} bytes are no message that {method} takes") from None
+
+    return parsed
+
+
+def _stream_parser(method: str, parse: Any) -> Callable[[AsyncIterator[bytes]], AsyncIterator[Any]]:
+    parse_one = _parser(method, parse)
+
+    async def parsed(raw: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+        async for message in raw:
+            yield parse_one(message)
+
+    return parsed
+
+
+async def _sized(nbytes: int, work: Callable[..., T], *args: Any) -> T:
+    """Do work that grows with a message's size: small ones here, large ones in a thread."""
+    return await asyncio.to_thread(work, *args) if nbytes > OFFLOAD_BYTES else work(*args)
+
+
+async def _abort(context: Any, status: status_pb2.Status) -> None:
+    details = ((DETAILS_KEY, status.SerializeToString()),)
+    await context.abort(_CODES[status.code], status.message, details)

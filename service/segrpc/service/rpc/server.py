@@ -1,0 +1,129 @@
+"""Putting a server together, from settings to an open port, and taking it apart."""
+
+import logging
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest, ServerReflectionResponse
+from segrpc.service.engine.base import Engine
+from segrpc.service.images.decode import ImageLimits
+from segrpc.service.images.library import ImageLibrary
+from segrpc.service.images.sources import SourcePolicy
+from segrpc.service.images.store import ImageStore
+from segrpc.service.rpc.interceptors import Boundary
+from segrpc.service.rpc.servicer import ModelServicer, SegmentationServicer
+from segrpc.service.sessions.current_images import CurrentImages
+from segrpc.service.settings import Settings
+from segrpc.v1 import model_service_pb2, segmentation_service_pb2
+from segrpc.v1.model_service_pb2_grpc import add_ModelServiceServicer_to_server
+from segrpc.v1.segmentation_service_pb2_grpc import add_SegmentationServiceServicer_to_server
+
+log = logging.getLogger("segrpc.server")
+
+SERVICES = (
+    segmentation_service_pb2.DESCRIPTOR.services_by_name["SegmentationService"].full_name,
+    model_service_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+)
+HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
+
+CLOSE_SECONDS = 1.0  # for answers that are on their way when the port closes
+
+
+def image_limits(settings: Settings) -> ImageLimits:
+    """Return what images must keep to."""
+    return ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
+
+
+class Server:
+    """A gRPC server for an engine. Made on the event loop that it will run on.
+
+    Args:
+        settings: The operator's settings.
+        engine: Runs the models; started and stopped by the server.
+    """
+
+    def __init__(self, settings: Settings, engine: Engine) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._boundary = Boundary()
+        self._health = health.aio.HealthServicer()
+        self._server = grpc.aio.server(
+            interceptors=[self._boundary],
+            options=[
+                ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it silently
+                ("grpc.max_receive_message_length", int(settings.max_message_bytes)),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+            ],
+        )
+
+    async def start(self) -> str:
+        """Open the port, load the models and serve.
+
+        Returns:
+            The address, with the port that was taken.
+
+        Raises:
+            OSError: If the address cannot be listened on.
+            ModelLoadError: If a model cannot be loaded.
+        """
+        try:
+            port = self._server.add_insecure_port(self._settings.listen)
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {self._settings.listen}: is the address right, and free?") from error
+        self._add_services()
+        for service in ("", *SERVICES):
+            await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._engine.start()
+        await self._server.start()
+        for service in ("", *SERVICES, HEALTH):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        return f"{self._settings.listen.rpartition(':')[0]}:{port}"
+
+    def _add_services(self) -> None:
+        settings = self._settings
+        limits = model_service_pb2.Limits(
+            max_image_bytes=settings.max_image_bytes,
+            max_image_pixels=settings.max_image_pixels,
+            max_prompts=settings.max_prompts,
+            max_points=settings.max_points,
+            max_chunk_bytes=settings.max_chunk_bytes,
+        )
+        policy = SourcePolicy(
+            media_roots=settings.media_root,
+            allowed_hosts=settings.allowed_host,
+            allow_private_addresses=settings.allow_private_addresses,
+            timeout=settings.fetch_timeout,
+        )
+        images = ImageLibrary(ImageStore(settings.image_store_bytes), policy, image_limits(settings))
+        current_images = CurrentImages(settings.max_sessions, settings.session_idle_seconds)
+        segmentation = SegmentationServicer(self._engine, images, current_images, limits)
+        add_SegmentationServiceServicer_to_server(segmentation, self._server)
+        add_ModelServiceServicer_to_server(ModelServicer(self._engine, limits), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        if settings.reflection:
+            self._add_reflection()
+
+    def _add_reflection(self) -> None:
+        names = (*SERVICES, HEALTH, REFLECTION_V1, reflection.SERVICE_NAME)
+        servicer = reflection.aio.ReflectionServicer(names)
+        reflection.enable_server_reflection(names, self._server)
+        # Version 1 has the messages of v1alpha under another name; grpcio-reflection offers v1alpha only.
+        method = grpc.stream_stream_rpc_method_handler(
+            servicer.ServerReflectionInfo,
+            request_deserializer=ServerReflectionRequest.FromString,
+            response_serializer=ServerReflectionResponse.SerializeToString,
+        )
+        handlers = {"ServerReflectionInfo": method}
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(REFLECTION_V1, handlers),))
+
+    async def stop(self) -> None:
+        """Tell health checkers, finish the calls in progress, close the port and unload the models."""
+        await self._health.enter_graceful_shutdown()
+        if not await self._boundary.drain(self._settings.drain_seconds):
+            log.warning("calls were still in progress after %g s and are cut off", self._settings.drain_seconds)
+        await self._server.stop(CLOSE_SECONDS)
+        await self._engine.stop()

@@ -1,0 +1,202 @@
+"""The services: each method converts in, asks the engine once, converts out."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+from segrpc.service.engine.base import CancelToken, EncodeJob, Engine, SegmentJob
+from segrpc.service.errors import (
+    ConfigNotFirstError,
+    ImageNotFoundError,
+    InvalidFieldError,
+    InvalidInputError,
+    ModelNotFoundError,
+    NoPredictorStateError,
+    SegrpcError,
+    Violation,
+)
+from segrpc.service.images.library import ImageLibrary, KnownImage
+from segrpc.service.images.upload import Upload
+from segrpc.service.rpc import convert
+from segrpc.service.sessions.current_images import CurrentImages
+from segrpc.v1 import model_service_pb2, segmentation_service_pb2
+from segrpc.v1.model_service_pb2_grpc import ModelServiceServicer
+from segrpc.v1.segmentation_service_pb2_grpc import SegmentationServiceServicer
+
+Context = Any  # grpc.aio's context is generic in types that nobody has
+
+
+class SegmentationServicer(SegmentationServiceServicer):
+    """``segrpc.v1.SegmentationService``.
+
+    Args:
+        engine: Runs the models.
+        images: Finds images.
+        current_images: Remembers the image of each ``session_id``.
+        limits: What requests must keep to.
+    """
+
+    def __init__(
+        self, engine: Engine, images: ImageLibrary, current_images: CurrentImages, limits: model_service_pb2.Limits
+    ) -> None:
+        self._engine = engine
+        self._images = images
+        self._current_images = current_images
+        self._limits = limits
+
+    async def Segment(  # noqa: N802
+        self, request: segmentation_service_pb2.SegmentRequest, context: Context
+    ) -> segmentation_service_pb2.SegmentResponse:
+        """Segment objects in one image."""
+        start, token = time.perf_counter(), CancelToken(context.time_remaining())
+        model = _model_name(self._engine, request.model, "model")
+        for field in ("request_id", "session_id"):
+            convert.check_name(field, getattr(request, field))
+        convert.check_prompt_limits(request, self._limits.max_prompts, self._limits.max_points)
+        dtype = convert.tensor_dtype(request.output.tensor_dtype, "output.tensor_dtype")
+        image = await self._session_image(request, context)
+        try:
+            given = await asyncio.to_thread(convert.segmentation_input, request, image.data)
+            result = await self._engine.segment(SegmentJob(model, image.digest, given, dtype), token)
+        except SegrpcError as error:
+            raise convert.in_request_terms(error) from error.__cause__
+        return await asyncio.to_thread(
+            convert.segment_response,
+            request.request_id,
+            model,
+            image.digest,
+            result,
+            request.output.mask_encoding,
+            time.perf_counter() - start,
+        )
+
+    async def EncodeImage(  # noqa: N802
+        self, request: segmentation_service_pb2.EncodeImageRequest, context: Context
+    ) -> segmentation_service_pb2.EncodeImageResponse:
+        """Compute the embedding of an image ahead of the first click."""
+        start, token = time.perf_counter(), CancelToken(context.time_remaining())
+        model = _model_name(self._engine, request.model, "model")
+        convert.check_name("request_id", request.request_id)
+        dtype = convert.tensor_dtype(request.tensor_dtype, "tensor_dtype")
+        image = await self._image(request)
+        job = EncodeJob(model, image.digest, image.data, request.return_image_embedding, dtype)
+        result = await self._engine.encode(job, token)
+        return await asyncio.to_thread(
+            convert.encode_image_response,
+            request.request_id,
+            model,
+            image.digest,
+            result,
+            time.perf_counter() - start,
+        )
+
+    async def UploadImage(  # noqa: N802
+        self, requests: AsyncIterator[segmentation_service_pb2.UploadImageRequest], context: Context
+    ) -> segmentation_service_pb2.UploadImageResponse:
+        """Take an image in chunks."""
+        upload: Upload | None = None
+        async for request in requests:
+            if (request.WhichOneof("payload") == "header") != (upload is None):
+                raise ConfigNotFirstError("the first message, and only the first, must be the header")
+            if upload is None:
+                header, limits = request.header, self._limits
+                upload = Upload(header.size, header.digest, limits.max_image_bytes, limits.max_chunk_bytes)
+            else:
+                upload.add(request.chunk.offset, request.chunk.data)
+        if upload is None:
+            raise ConfigNotFirstError("the stream ended before its header")
+        image = await asyncio.to_thread(self._keep, upload)
+        return segmentation_service_pb2.UploadImageResponse(image=convert.image_info(image.digest, image.header))
+
+    async def Refine(self, requests: Any, context: Context) -> None:  # type: ignore[override]  # noqa: N802
+        """Refuse: sessions are not part of this version."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Refine is not part of this version; use Segment")
+
+    def _keep(self, upload: Upload) -> KnownImage:
+        return self._images.from_data(upload.finish())
+
+    async def _session_image(self, request: segmentation_service_pb2.SegmentRequest, context: Context) -> KnownImage:
+        """Find the image of a request, which may be the current one of its session."""
+        # Without credentials a caller is its connection: names that clients choose may collide, connections never do.
+        caller, session_id = str(context.peer()), request.session_id
+        keep = request.HasField("reset_predictor") and not request.reset_predictor
+        if not keep:
+            image = await self._image(request)
+            if session_id:
+                self._current_images.set(caller, session_id, image.digest)
+            return image
+        if request.HasField("image"):
+            raise InvalidFieldError.of("image", "must be unset when reset_predictor is false: the session's is used")
+        if not session_id:
+            raise NoPredictorStateError("reset_predictor is false, but no session_id says whose image to keep")
+        digest = self._current_images.get(caller, session_id)
+        try:
+            return await asyncio.to_thread(self._images.from_digest, digest)
+        except ImageNotFoundError:
+            raise NoPredictorStateError(
+                f"the image of session {session_id!r} had to make room: send it again, with reset_predictor true"
+            ) from None
+
+    async def _image(
+        self, request: segmentation_service_pb2.SegmentRequest | segmentation_service_pb2.EncodeImageRequest
+    ) -> KnownImage:
+        """Find the image that a request names, and blame errors on the field that named it."""
+        image = request.image
+        source = image.WhichOneof("source")
+        if source is None:
+            raise InvalidFieldError.of("image", "is required: give data, uri or digest")
+        finders: dict[str, Callable[[Any], KnownImage]] = {
+            "data": self._images.from_data,
+            "uri": self._images.from_uri,
+            "digest": self._images.from_digest,
+        }
+        try:
+            return await asyncio.to_thread(finders[source], getattr(image, source))
+        except InvalidFieldError as error:
+            raise InvalidFieldError.of(f"image.{source}", error.violations[0].description) from None
+        except InvalidInputError as error:
+            raise type(error)(error.message, [Violation(f"image.{source}", error.message)]) from None
+
+
+class ModelServicer(ModelServiceServicer):
+    """``segrpc.v1.ModelService``.
+
+    Args:
+        engine: Knows the models.
+        limits: What requests must keep to.
+    """
+
+    def __init__(self, engine: Engine, limits: model_service_pb2.Limits) -> None:
+        self._engine = engine
+        self._limits = limits
+
+    async def ListModels(  # noqa: N802
+        self, request: model_service_pb2.ListModelsRequest, context: Context
+    ) -> model_service_pb2.ListModelsResponse:
+        """List the models that are served."""
+        return model_service_pb2.ListModelsResponse(models=self._models())
+
+    async def GetModel(  # noqa: N802
+        self, request: model_service_pb2.GetModelRequest, context: Context
+    ) -> model_service_pb2.GetModelResponse:
+        """Describe one model."""
+        name = _model_name(self._engine, request.name, "name")
+        return model_service_pb2.GetModelResponse(model=next(m for m in self._models() if m.name == name))
+
+    def _models(self) -> list[model_service_pb2.Model]:
+        return [convert.model_message(m, i == 0, self._limits) for i, m in enumerate(self._engine.models)]
+
+
+def _model_name(engine: Engine, name: str, field: str) -> str:
+    """Return a model's name, or the default model's for an empty one.
+
+    Raises:
+        ModelNotFoundError: If it is not served.
+    """
+    names = [model.name for model in engine.models]
+    if name and name not in names:
+        convert.check_name(field, name)
+        raise ModelNotFoundError(f"{field}: no model {name!r} is served; served are: {', '.join(names)}")
+    return name or names[0]

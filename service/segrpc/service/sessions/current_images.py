@@ -1,0 +1,59 @@
+"""The current image of each series of stateless calls that a caller named with a ``session_id``."""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+
+from segrpc.service.errors import NoPredictorStateError
+
+Key = tuple[str, str]  # caller, session_id
+
+
+class CurrentImages:
+    """Remembers which image a caller used last under a session's name. Nobody sees another caller's.
+
+    It remembers digests; the images themselves are in the image store.
+
+    Args:
+        max_sessions: How many are remembered; the longest unused is forgotten first.
+        idle_seconds: How long an unused one is remembered.
+        clock: Gives the time in seconds, for tests.
+    """
+
+    def __init__(self, max_sessions: int, idle_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._max_sessions = max_sessions
+        self._idle_seconds = idle_seconds
+        self._clock = clock
+        self._sessions: OrderedDict[Key, tuple[str, float]] = OrderedDict()  # digest, last use; oldest first
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def set(self, caller: str, session_id: str, digest: str) -> None:
+        """Make an image the current one of a session."""
+        self._forget_idle()
+        key = (caller, session_id)
+        self._sessions[key] = (digest, self._clock())
+        self._sessions.move_to_end(key)
+        if len(self._sessions) > self._max_sessions:
+            self._sessions.popitem(last=False)
+
+    def get(self, caller: str, session_id: str) -> str:
+        """Return the digest of a session's current image.
+
+        Raises:
+            NoPredictorStateError: If this caller has no such session, or has not used it for too long.
+        """
+        self._forget_idle()
+        found = self._sessions.get((caller, session_id))
+        if found is None:
+            raise NoPredictorStateError(
+                f"this caller has no session {session_id!r} with an image: send the image, with reset_predictor true"
+            )
+        self.set(caller, session_id, found[0])
+        return found[0]
+
+    def _forget_idle(self) -> None:
+        limit = self._clock() - self._idle_seconds
+        while self._sessions and next(iter(self._sessions.values()))[1] < limit:
+            self._sessions.popitem(last=False)

@@ -1,0 +1,109 @@
+"""All that an operator can set, in one frozen object that the command line builds.
+
+Sources, the stronger first: the command line, ``SEGRPC_*`` environment variables, the TOML file, the defaults below.
+"""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import ByteSize, Field, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from segrpc.service.models.sam2.catalog import VARIANTS, name_for_file
+from segrpc.service.schemas import FloatType, ModelDeploymentConfig
+
+MiB = 2**20
+GiB = 2**30
+
+Positive = Field(gt=0)
+
+
+class Settings(BaseSettings):
+    """The settings of a server; see each field's description (``segrpc-server serve --help`` prints them)."""
+
+    model_config = SettingsConfigDict(env_prefix="SEGRPC_", frozen=True, extra="forbid", env_ignore_empty=True)
+
+    listen: str = Field("127.0.0.1:50051", description="address to listen on, HOST:PORT; port 0 takes a free one")
+    model: str = Field("", description="model to serve; default: told from the checkpoint, or grabcut without one")
+    checkpoint: Path | None = Field(None, description="SAM 2 checkpoint file; default: the one that `pull` fetched")
+    hub_id: str = Field("", description="repository of the Hugging Face hub to use instead of the published one")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    dtype: FloatType = Field("float32", description="float32, bfloat16 or float16: the precision of SAM 2")
+    threads: int = Field(0, ge=0, description="threads for computing on the CPU; 0: as torch chooses")
+    models: tuple[ModelDeploymentConfig, ...] = Field(
+        (), description="several models, as [[models]] tables of the TOML file with name, model and model_params"
+    )
+
+    max_image_bytes: ByteSize = Field(ByteSize(64 * MiB), gt=0, description="largest encoded image")
+    max_image_pixels: int = Field(64_000_000, gt=0, description="largest image, width times height")
+    max_prompts: int = Field(64, gt=0, description="most prompts in a request")
+    max_points: int = Field(1024, gt=0, description="most points in a prompt")
+    max_chunk_bytes: ByteSize = Field(ByteSize(1 * MiB), gt=0, description="largest chunk of an upload")
+    max_message_bytes: ByteSize = Field(ByteSize(32 * MiB), gt=0, description="largest message that is received")
+    max_pending: int = Field(64, gt=0, description="jobs that may run or wait; more are refused")
+    image_store_bytes: ByteSize = Field(ByteSize(1 * GiB), gt=0, description="memory for images known by digest")
+    embedding_cache_bytes: ByteSize = Field(ByteSize(2 * GiB), gt=0, description="memory for embeddings")
+    max_sessions: int = Field(10_000, gt=0, description="sessions whose current image is remembered")
+    session_idle_seconds: Annotated[float, Positive] = Field(600.0, description="how long an unused session is kept")
+
+    media_root: tuple[Path, ...] = Field((), description="folder whose files clients may name; may be repeated")
+    allowed_host: tuple[str, ...] = Field((), description="host whose URLs clients may name; may be repeated")
+    allow_private_addresses: bool = Field(False, description="allow hosts on private and loopback addresses")
+    fetch_timeout: Annotated[float, Positive] = Field(10.0, description="seconds for fetching an image by URL")
+
+    reflection: bool = Field(True, description="answer gRPC server reflection")
+    drain_seconds: float = Field(30.0, ge=0, description="how long calls in progress may take after SIGTERM")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
+
+    @model_validator(mode="after")
+    def _check_models(self) -> Self:
+        if self.models and (self.model or self.checkpoint):
+            raise ValueError("give either model and checkpoint, or [[models]] tables")
+        names = [config.name for config in self.models]
+        if len(set(names)) != len(names):
+            raise ValueError("two [[models]] tables have the same name")
+        return self
+
+    def deployments(self) -> tuple[ModelDeploymentConfig, ...]:
+        """Return what to serve, the default first: the [[models]] tables, or the one model of the plain options."""
+        if self.models:
+            return self.models
+        set_by_operator = self.model_fields_set & {"checkpoint", "hub_id", "device", "dtype", "threads"}
+        params = {name: getattr(self, name) for name in set_by_operator}
+        if self.checkpoint is None:
+            return (ModelDeploymentConfig(name=self.model or "grabcut", model_params=params),)
+        published = name_for_file(self.checkpoint)
+        name = self.model or published or self.checkpoint.stem
+        # A checkpoint of another name: its size is told from its weights.
+        registered = "" if self.model in VARIANTS or (not self.model and published) else "sam2"
+        return (ModelDeploymentConfig(name=name, model=registered, model_params=params),)
+
+    @classmethod
+    def load(cls, config: Path | None, given: dict[str, Any]) -> Self:
+        """Build the settings.
+
+        Args:
+            config: A TOML file, or None.
+            given: What the command line gave, by field name.
+
+        Raises:
+            pydantic.ValidationError: If a value is wrong or a name unknown.
+            OSError: If the file cannot be read.
+            tomllib.TOMLDecodeError: If it is no TOML.
+        """
+        from_file = tomllib.loads(config.read_text("utf-8")) if config else {}
+
+        class Sourced(cls):  # type: ignore[valid-type, misc] # the file differs from call to call
+            @classmethod
+            def settings_customise_sources(
+                cls,
+                settings_cls: type[BaseSettings],
+                init_settings: PydanticBaseSettingsSource,
+                env_settings: PydanticBaseSettingsSource,
+                dotenv_settings: PydanticBaseSettingsSource,
+                file_secret_settings: PydanticBaseSettingsSource,
+            ) -> tuple[Any, ...]:
+                return init_settings, env_settings, lambda: from_file
+
+        loaded: Self = Sourced(**given)
+        return loaded

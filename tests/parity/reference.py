@@ -1,0 +1,61 @@
+"""The reference: ``SAM2ImagePredictor`` and pycocotools, asked for one prompt at a time."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pycocotools import mask as coco
+
+# The CPU build of torch lacks two operators that torchvision describes when it is imported.
+_LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
+for _name in ("nms", "qnms"):
+    if not hasattr(torch.ops.torchvision, _name):
+        _LIBRARY.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+from sam2.sam2_image_predictor import SAM2ImagePredictor  # noqa: E402 - needs the operators above
+
+# The same in both processes: the number of threads decides the order of summation, and so the last bits.
+THREADS = 2
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked about one object; the fields are those of ``SAM2ImagePredictor.predict``."""
+
+    points: tuple[tuple[float, float], ...] = ()
+    labels: tuple[int, ...] = ()
+    box: tuple[float, float, float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the reference says: counts of each mask, scores ``[C]``, clamped logits ``[C, 256, 256]``."""
+
+    counts: list[bytes]
+    scores: npt.NDArray[np.float32]
+    logits: npt.NDArray[np.float32]
+
+
+class Reference:
+    """The reference predictor with an image set."""
+
+    def __init__(self, model: Any) -> None:
+        self._predictor = SAM2ImagePredictor(model)
+
+    def set_image(self, pixels: npt.NDArray[np.uint8]) -> None:
+        """Encode an image ``[height, width, 3]``, RGB."""
+        self._predictor.set_image(pixels)
+
+    def predict(self, prompt: Prompt, multimask: bool, mask_input: npt.NDArray[np.float32] | None = None) -> Answer:
+        """Ask about one object. ``mask_input`` is ``[1, 256, 256]``."""
+        masks, scores, logits = self._predictor.predict(
+            point_coords=np.array(prompt.points, dtype=np.float32) if prompt.points else None,
+            point_labels=np.array(prompt.labels, dtype=np.int32) if prompt.points else None,
+            box=None if prompt.box is None else np.array(prompt.box, dtype=np.float32),
+            mask_input=mask_input,
+            multimask_output=multimask,
+        )
+        counts = [coco.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"] for mask in masks]
+        return Answer(counts, scores, logits)

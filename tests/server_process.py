@@ -1,0 +1,79 @@
+"""A real server in a process of its own, on a free port of the loopback interface."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import grpc
+
+
+def connect(server: "ServerProcess", *options: tuple[str, int]) -> grpc.Channel:
+    """Open a connection that is not shared with other channels of this process."""
+    own = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1), *options]
+    return grpc.insecure_channel(server.target, options=own)
+
+
+class ServerProcess:
+    """Starts ``segrpc-server serve`` and waits until it says that it serves. Use it in a ``with`` statement.
+
+    Args:
+        *arguments: Options of ``serve``.
+        log: The file that standard error goes to.
+        environment: Variables to add.
+    """
+
+    def __init__(self, *arguments: str, log: Path, environment: Mapping[str, str] | None = None) -> None:
+        self._log = log
+        with log.open("ab") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "segrpc.service.cli", "serve", "--listen", "127.0.0.1:0", *arguments],
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env={**os.environ, **(environment or {})},
+            )
+        assert self.process.stdout is not None
+        # The line comes, or the end of the file because the process ended: either way this returns.
+        self.greeting = self.process.stdout.readline().strip()
+        if " on " not in self.greeting:
+            self.process.wait()
+            raise RuntimeError(f"the server did not start: {self.greeting}\n{self.log_text()}")
+        self.target = self.greeting.rpartition(" ")[2]
+
+    def log_text(self) -> str:
+        """What the server wrote to standard error so far."""
+        return self._log.read_text("utf-8", errors="replace")
+
+    def resident_bytes(self) -> int:
+        """The memory that the process holds."""
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text("ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def terminate(self) -> None:
+        """Ask it to stop, as an operator would; does not wait."""
+        self.process.send_signal(signal.SIGTERM)
+
+    def wait(self) -> int:
+        """Wait for its end and return the exit status."""
+        return self.process.wait(timeout=60)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.process.poll() is None:
+            self.terminate()
+            try:
+                self.wait()
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
