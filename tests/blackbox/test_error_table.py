@@ -10,7 +10,6 @@ import grpc
 import numpy as np
 import pytest
 from PIL import Image as PILImage
-
 from segrpc.v1.model_service_pb2 import GetModelRequest
 from segrpc.v1.model_service_pb2_grpc import ModelServiceStub
 from segrpc.v1.segmentation_service_pb2 import EncodeImageRequest, SegmentRequest, UploadHeader, UploadImageRequest
@@ -26,6 +25,7 @@ from segrpc.v1.types_pb2 import (
     Prompt,
     Tensor,
 )
+
 from tests.blackbox.failure import Failure, failure_of
 from tests.server_process import ServerProcess, connect
 

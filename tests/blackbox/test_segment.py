@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 from pycocotools import mask as coco
-
 from segrpc.v1.segmentation_service_pb2 import (
     EncodeImageRequest,
     SegmentRequest,
@@ -30,6 +29,7 @@ from segrpc.v1.types_pb2 import (
     Point,
     Prompt,
 )
+
 from tests.blackbox.failure import chunks, failure_of
 from tests.server_process import ServerProcess, connect
 

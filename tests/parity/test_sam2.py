@@ -1,17 +1,17 @@
 """Masks over gRPC are the reference's, bit for bit: float32 on the CPU, one prompt at a time in the reference."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
-
 from segrpc.client import SegmentationResult
 from segrpc.service.models.sam2.catalog import VARIANTS
+from tests.photos import load_image
+
 from tests.parity.conftest import Pair
 from tests.parity.reference import Prompt
-from tests.photos import load_image
 
 # Name, width, height, mode; portrait and grey are cases of their own.
 IMAGES = {
@@ -75,12 +75,12 @@ def pair(make_pair: Callable[..., Pair]) -> Pair:
 
 
 @pytest.fixture(scope="module", params=IMAGES, ids=list(IMAGES))
-def photo(request: pytest.FixtureRequest, pair: Pair) -> Iterator[Image.Image]:
+def photo(request: pytest.FixtureRequest, pair: Pair) -> Image.Image:
     """A photo at one of the sizes, set in the reference."""
     width, height, mode = IMAGES[request.param]
     image = load_image("chelsea").resize((width, height), Image.Resampling.BICUBIC).convert(mode)
     pair.reference.set_image(np.asarray(image.convert("RGB")))
-    yield image
+    return image
 
 
 @pytest.mark.parametrize("multimask", [True, False], ids=["multimask", "single"])

@@ -43,19 +43,24 @@ def decode(counts: bytes, height: int, width: int) -> BoolMask:
     Raises:
         ValueError: If the counts are malformed or do not sum to ``height * width``.
     """
-    check(counts, height, width)
-    dense: BoolMask = coco.decode({"size": [height, width], "counts": counts}).view(np.bool_)
-    return dense
+    runs = _checked(counts, height, width)
+    return np.repeat(np.arange(runs.size) % 2 == 1, runs).reshape(height, width, order="F")
 
 
 def check(counts: bytes, height: int, width: int) -> None:
     """Raise ValueError unless the counts are well formed and sum to ``height * width``.
 
-    pycocotools does not check: short or garbage counts decode into memory that was never written.
+    pycocotools does not check: it decodes short or garbage counts into memory that was never written.
     """
-    total = int(run_lengths(counts).sum())
+    _checked(counts, height, width)
+
+
+def _checked(counts: bytes, height: int, width: int) -> Runs:
+    runs = run_lengths(counts)
+    total = int(runs.sum())
     if total != height * width:
         raise ValueError(f"the runs sum to {total}, but height x width is {height} x {width} = {height * width}")
+    return runs
 
 
 def run_lengths(counts: bytes) -> Runs:

@@ -35,7 +35,8 @@ class Settings(BaseSettings):
     )
 
     max_image_bytes: ByteSize = Field(ByteSize(64 * MiB), gt=0, description="largest encoded image")
-    max_image_pixels: int = Field(64_000_000, gt=0, description="largest image, width times height")
+    # 2^28: pycocotools writes beyond its buffer for runs of 2^29 pixels.
+    max_image_pixels: int = Field(64_000_000, gt=0, le=2**28, description="largest image, width times height")
     max_prompts: int = Field(64, gt=0, description="most prompts in a request")
     max_points: int = Field(1024, gt=0, description="most points in a prompt")
     max_chunk_bytes: ByteSize = Field(ByteSize(1 * MiB), gt=0, description="largest chunk of an upload")

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -18,6 +18,8 @@ from segrpc.service.rpc.status import DETAILS_KEY, internal_status, status_of
 log = logging.getLogger("segrpc.rpc")
 
 T = TypeVar("T")
+
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"  # generic for type checkers only
 
 OFFLOAD_BYTES = 256 * 1024  # larger messages are parsed and serialised in a thread: the loop must stay free
 
@@ -57,9 +59,9 @@ class Boundary(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+    ) -> Handler:
         """Replace a handler by a wrapped one."""
         handler = await continuation(handler_call_details)
         if handler is None:
