@@ -4,10 +4,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import grpc
 
@@ -16,6 +16,13 @@ def connect(server: "ServerProcess", *options: tuple[str, int]) -> grpc.Channel:
     """Open a connection that is not shared with other channels of this process."""
     own = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1), *options]
     return grpc.insecure_channel(server.target, options=own)
+
+
+def raw(channel: grpc.Channel, method: str, *, client_streams: bool = False) -> Callable[..., Any]:
+    """Return a method that takes and gives bytes, for messages that no stub would send."""
+    make: Any = channel.stream_unary if client_streams else channel.unary_unary
+    called: Callable[..., Any] = make(method)
+    return called
 
 
 class ServerProcess:

@@ -12,14 +12,14 @@ import pytest
 from PIL import Image as PILImage
 from segrpc.v1.model_service_pb2 import GetModelRequest
 from segrpc.v1.model_service_pb2_grpc import ModelServiceStub
-from segrpc.v1.segmentation_service_pb2 import EncodeImageRequest, SegmentRequest, UploadHeader, UploadImageRequest
+from segrpc.v1.refine_pb2 import ImageChunk, UploadHeader
+from segrpc.v1.segmentation_service_pb2 import EncodeImageRequest, SegmentRequest, UploadImageRequest
 from segrpc.v1.segmentation_service_pb2_grpc import SegmentationServiceStub
 from segrpc.v1.types_pb2 import (
     DATA_TYPE_FLOAT32,
     DATA_TYPE_UINT8,
     Box,
     Image,
-    ImageChunk,
     OutputOptions,
     Point,
     Prompt,
@@ -27,7 +27,7 @@ from segrpc.v1.types_pb2 import (
 )
 
 from tests.blackbox.failure import Failure, failure_of
-from tests.server_process import ServerProcess, connect
+from tests.server_process import ServerProcess, connect, raw
 
 Code = grpc.StatusCode
 NAN = math.nan
@@ -80,11 +80,11 @@ def assert_failure(failure: Failure, code: Code, reason: str, *fields: str) -> N
 )
 def test_bytes_that_are_no_message(channel: grpc.Channel, method: str) -> None:
     path = f"/segrpc.v1.{method}"
+    garbage = b"\xff\xff\xff"
     if method.endswith("UploadImage"):
-        upload = channel.stream_unary(path)
-        failure = failure_of(lambda: upload(iter([b"\xff\xff\xff"])))
+        failure = failure_of(lambda: raw(channel, path, client_streams=True)(iter([garbage])))
     else:
-        failure = failure_of(lambda: channel.unary_unary(path)(b"\xff\xff\xff"))
+        failure = failure_of(lambda: raw(channel, path)(garbage))
     assert_failure(failure, Code.INVALID_ARGUMENT, "MALFORMED_MESSAGE")
 
 
@@ -189,8 +189,10 @@ def test_too_many_pixels(stub: SegmentationServiceStub) -> None:
 
 def upload(*messages: UploadHeader | ImageChunk) -> Iterator[UploadImageRequest]:
     for message in messages:
-        key = "header" if isinstance(message, UploadHeader) else "chunk"
-        yield UploadImageRequest(**{key: message})  # type: ignore[arg-type]
+        if isinstance(message, UploadHeader):
+            yield UploadImageRequest(header=message)
+        else:
+            yield UploadImageRequest(chunk=message)
 
 
 GOOD = PIXELS.data

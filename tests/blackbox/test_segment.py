@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 from pycocotools import mask as coco
+from segrpc.v1.refine_pb2 import ImageChunk, UploadHeader
 from segrpc.v1.segmentation_service_pb2 import (
     EncodeImageRequest,
     SegmentRequest,
     SegmentResponse,
-    UploadHeader,
     UploadImageRequest,
 )
 from segrpc.v1.segmentation_service_pb2_grpc import SegmentationServiceStub
@@ -24,7 +24,6 @@ from segrpc.v1.types_pb2 import (
     MASK_ENCODING_PNG,
     MASK_ENCODING_RUN_LENGTHS,
     Image,
-    ImageChunk,
     OutputOptions,
     Point,
     Prompt,

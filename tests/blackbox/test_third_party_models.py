@@ -4,17 +4,20 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
 from segrpc.client import SegmentationClient
 from segrpc.v1.segmentation_service_pb2 import SegmentRequest
 from segrpc.v1.segmentation_service_pb2_grpc import SegmentationServiceStub
 from segrpc.v1.types_pb2 import Image, Point, Prompt
-from tests.photos import load_image, photo_bytes
 
 from tests.blackbox.failure import failure_of, parse
+from tests.photos import load_image, photo_bytes
 from tests.server_process import ServerProcess, connect
 
 CONFIG = """
@@ -130,12 +133,13 @@ def test_sigterm_finishes_what_runs_refuses_the_rest_and_exits_with_0(
     own_server: ServerProcess, stub: SegmentationServiceStub, patient: Patient
 ) -> None:
     with ThreadPoolExecutor() as threads, connect(own_server) as channel:
-        health = channel.unary_stream("/grpc.health.v1.Health/Watch")(b"")
-        assert next(health) == b"\x08\x01"  # SERVING
+        stub_of_health: Any = HealthStub(channel)  # its types lack Watch
+        health = stub_of_health.Watch(HealthCheckRequest())
+        assert next(health).status == HealthCheckResponse.SERVING
         running = threads.submit(stub.Segment, request("patient"))
         patient.wait_until_started()
         own_server.terminate()
-        assert next(health) == b"\x08\x02"  # NOT_SERVING
+        assert next(health).status == HealthCheckResponse.NOT_SERVING
         failure = failure_of(lambda: stub.Segment(request("bright")))
         assert (failure.code, failure.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
         assert failure.retry_delay is not None

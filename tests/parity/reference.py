@@ -9,10 +9,11 @@ import torch
 from pycocotools import mask as coco
 
 # The CPU build of torch lacks two operators that torchvision describes when it is imported.
-_LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
+_LIBRARY = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
 for _name in ("nms", "qnms"):
     if not hasattr(torch.ops.torchvision, _name):
-        _LIBRARY.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _schema = f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        _LIBRARY.define(_schema)  # type: ignore[no-untyped-call]
 
 from sam2.sam2_image_predictor import SAM2ImagePredictor  # noqa: E402 - needs the operators above
 

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 from segrpc.client import SegmentationResult
 from segrpc.service.models.sam2.catalog import VARIANTS
-from tests.photos import load_image
 
 from tests.parity.conftest import Pair
 from tests.parity.reference import Prompt
+from tests.photos import load_image
 
 # Name, width, height, mode; portrait and grey are cases of their own.
 IMAGES = {
@@ -65,7 +65,7 @@ def assert_same(
         answer = pair.reference.predict(prompt, multimask, None if mask_inputs is None else mask_inputs[i])
         assert [mask.rle["counts"] for mask in result.predictions[i].masks] == answer.counts
         np.testing.assert_array_equal(result.logits[i], answer.logits)
-        np.testing.assert_array_equal(np.float32(result.predictions[i].scores), answer.scores)
+        np.testing.assert_array_equal(np.array(result.predictions[i].scores, dtype=np.float32), answer.scores)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,123 @@
+"""The blocking client."""
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+import grpc
+from grpc_health.v1.health_pb2_grpc import HealthStub
+from segrpc.client import flow
+from segrpc.client.channel import DEFAULT_TARGET, DEFAULT_TIMEOUT, channel_options
+from segrpc.client.codec import ImageLike
+from segrpc.client.errors import error_from
+from segrpc.client.flow import EncodeOptions, Flow, SegmentOptions, SentImages
+from segrpc.client.types import EncodedImage, ImageInfo, ModelInfo, SegmentationResult
+from segrpc.v1.model_service_pb2_grpc import ModelServiceStub
+from segrpc.v1.segmentation_service_pb2_grpc import SegmentationServiceStub
+
+R = TypeVar("R")
+
+
+class SegmentationClient:
+    """Asks a segrpc server; safe to use from several threads. Use it in a ``with`` statement, or close it.
+
+    An image is sent once: later calls name it by its digest, and send it again only if the server has forgotten it.
+    Calls that did not reach the server are tried again, where that is safe.
+
+    Args:
+        target: The server as ``HOST:PORT``.
+        credentials: For TLS; None connects without.
+        timeout: Seconds that a method may take, uploads and retries included; None waits for ever.
+        options: Further gRPC channel options.
+
+    Every method takes its own ``timeout`` as well, and raises `SegmentationError` of the kind that says what was wrong.
+    """
+
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        timeout: float | None = DEFAULT_TIMEOUT,
+        options: Sequence[tuple[str, Any]] = (),
+    ) -> None:
+        all_options = channel_options(options)
+        if credentials is None:
+            self._channel = grpc.insecure_channel(target, options=all_options)
+        else:
+            self._channel = grpc.secure_channel(target, credentials, options=all_options)
+        self._stubs: dict[flow.Service, Any] = {
+            "segmentation": SegmentationServiceStub(self._channel),
+            "models": ModelServiceStub(self._channel),
+            "health": HealthStub(self._channel),
+        }
+        self._timeout = timeout
+        self._sent = SentImages()
+
+    def segment(
+        self, image: ImageLike | None, *, timeout: float | None = None, **options: Unpack[SegmentOptions]
+    ) -> SegmentationResult:
+        """Segment objects in an image; `SegmentOptions` describes the options, `codec.load_image` the images.
+
+        Raises:
+            SegmentationError: If the call failed.
+            ValueError: If shapes or lengths do not fit.
+            OSError: If the image file cannot be read.
+        """
+        return self._run(flow.segment(image, self._sent, options), timeout)
+
+    def encode(
+        self, image: ImageLike, *, timeout: float | None = None, **options: Unpack[EncodeOptions]
+    ) -> EncodedImage:
+        """Encode an image ahead of the first click; with ``return_image_embedding`` return the embedding."""
+        return self._run(flow.encode(image, self._sent, options), timeout)
+
+    def upload(self, image: ImageLike, *, timeout: float | None = None) -> ImageInfo:
+        """Upload an image in chunks. `segment` and `encode` do this by themselves for large images."""
+        return self._run(flow.upload(image, self._sent), timeout)
+
+    def models(self, *, timeout: float | None = None) -> list[ModelInfo]:
+        """List the models that are served; the first is the default."""
+        return self._run(flow.models(), timeout)
+
+    def model(self, name: str = "", *, timeout: float | None = None) -> ModelInfo:
+        """Describe one model; without a name the default model."""
+        return self._run(flow.model(name), timeout)
+
+    def health(self, service: str = "", *, timeout: float | None = None) -> bool:
+        """Tell whether the server, or one of its services, is ready."""
+        return self._run(flow.health(service), timeout)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, steps: Flow[R], timeout: float | None) -> R:
+        """Perform the calls of a flow; the timeout covers all of them."""
+        seconds = self._timeout if timeout is None else timeout
+        deadline = None if seconds is None else time.monotonic() + seconds
+        try:
+            call = next(steps)
+            while True:
+                method = getattr(self._stubs[call.service], call.method)
+                remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
+                try:
+                    response = method(call.request, timeout=remaining)
+                except grpc.RpcError as error:
+                    failure = error_from(error)
+                    failure.__cause__ = error
+                    call = steps.throw(failure)
+                else:
+                    call = steps.send(response)
+        except StopIteration as done:
+            result: R = done.value
+            return result

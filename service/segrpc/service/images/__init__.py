@@ -1,0 +1,1 @@
+"""Images: from any allowed source to RGB pixels."""
