@@ -2,8 +2,10 @@
 
 import hashlib
 import http.server
+import os
 import subprocess
 import sys
+import termios
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -68,9 +70,23 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 
 def pull(hub: Hub, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command with a terminal as standard error, where progress is shown."""
     command = [sys.executable, "-m", "segrpc.service.cli", "pull", TINY.name, *arguments]
     environment = {"PATH": "/usr/bin:/bin", "HF_ENDPOINT": hub.url, "HF_HOME": str(home)}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    controller, terminal = os.openpty()
+    termios.tcsetwinsize(terminal, (24, 100))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal, text=True, env=environment) as process:
+        os.close(terminal)
+        said = b""
+        try:
+            while piece := os.read(controller, 65536):
+                said += piece
+        except OSError:  # Linux's way to say that the terminal was closed at the other end
+            pass
+        finally:
+            os.close(controller)
+        output, _ = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(command, process.returncode, output, said.decode())
 
 
 def test_a_fetched_checkpoint_is_served(tmp_path: Path, hub: Hub) -> None:
@@ -78,8 +94,8 @@ def test_a_fetched_checkpoint_is_served(tmp_path: Path, hub: Hub) -> None:
     result = pull(hub, home)
     assert result.returncode == 0, result.stderr
     assert f"segrpc-server serve --model {TINY.name}" in result.stdout
-    assert TINY.filename in result.stderr  # the progress bar
-    assert "100%" in result.stderr
+    assert TINY.filename in result.stderr
+    assert "100%" in result.stderr  # of the progress bar
     offline = {"HF_HOME": str(home), "HF_ENDPOINT": "http://127.0.0.1:9"}
     with ServerProcess("--model", TINY.name, log=tmp_path / "log", environment=offline) as server:
         assert f"is serving {TINY.name} on" in server.greeting

@@ -116,6 +116,7 @@ def _pull(args: argparse.Namespace) -> int:
     from segrpc.service.models.sam2.hub import pull
 
     variant = VARIANTS[args.model]
+    print(f"fetching {variant.filename} from {args.hub_id or variant.hub_id}", file=sys.stderr)
     file = pull(variant, args.hub_id)
     build_model(read_checkpoint(file), variant.config, "cpu", f"the fetched checkpoint {str(file)!r}")
     print(f"{args.model} is ready at {file}\nserve it with: segrpc-server serve --model {args.model}")

@@ -71,8 +71,8 @@ def load_image(image: ImageLike) -> EncodedFile:
 
     Args:
         image: A path, a ``file:``, ``http(s):`` or ``data:`` URI, a ``sha256:`` digest, the bytes of an encoded file,
-            an array of uint8 (``[height, width]``, ``[height, width, 3]`` RGB or ``[height, width, 4]``), or a PIL image.
-            Arrays and PIL images are sent as PNG, so that the server sees the very same pixels.
+            an array of uint8 (``[height, width]``, ``[height, width, 3]`` RGB or ``[height, width, 4]``), or a PIL
+            image. Arrays and PIL images are sent as PNG, so that the server sees the very same pixels.
 
     Raises:
         OSError: If the file cannot be read.

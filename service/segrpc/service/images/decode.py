@@ -49,6 +49,8 @@ _STRIPPED: Final[
     "PNG": (strip.strip_png, PngImageFile),
     "GIF": (strip.strip_gif, GifImageFile),
 }
+# Pillow decodes these BMP images byte by byte in Python: a few kilobytes could take a minute.
+_RUN_LENGTHS: Final = (BmpImageFile.COMPRESSIONS["RLE8"], BmpImageFile.COMPRESSIONS["RLE4"])
 _TRANSPOSES: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -192,6 +194,8 @@ def _open(data: bytes, limits: ImageLimits, *, preview: bool = False) -> tuple[I
         raise ImageUndecodableError(
             "the image has signed, 32-bit or floating-point samples; save it with unsigned samples of 8 or 16 bits"
         )
+    if isinstance(image, BmpImageFile) and image.info.get("compression") in _RUN_LENGTHS:
+        raise ImageUndecodableError("BMP images compressed by run lengths are not supported; save it as PNG")
     return image, orientation
 
 

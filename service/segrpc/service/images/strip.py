@@ -17,7 +17,7 @@ from segrpc.service.images.tiff import exif_orientation
 # More than any encoder writes into 64 MiB, and walked through in a fraction of a second.
 _MAX_BLOCKS: Final = 2**17
 # Encoders write about ten. Each scan of a progressive JPEG passes over all its pixels again, however short the scan.
-_MAX_SCANS: Final = 100
+_MAX_SCANS: Final = 50
 
 _MARKER: Final = re.compile(rb"\xff([^\x00\xff])")
 _MARKER_AFTER_SCAN: Final = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
@@ -157,18 +157,11 @@ def strip_gif(data: bytes) -> Stripped:
     if len(data) < 13:
         raise ImageUndecodableError("the GIF image is truncated")
     width, height, flags = struct.unpack_from("<HHB", data, 6)
-    start = position = 13 + (6 << (flags & 7) if flags & 0x80 else 0)
-    for _ in range(_MAX_BLOCKS):
-        introducer = data[position : position + 1]
-        if introducer == b",":
-            break
-        if introducer != b"!":
-            raise ImageUndecodableError("the GIF image is truncated or damaged: it has no frame")
-        position = _after_sub_blocks(data, position + 2)
-    frame = data[position + 1 : position + 9]
-    if len(frame) < 8:
+    start = 13 + (6 << (flags & 7) if flags & 0x80 else 0)
+    position = _after_extensions(data, start)
+    if data[position : position + 1] != b"," or len(data) < position + 9:
         raise ImageUndecodableError("the GIF image is truncated or damaged: it has no frame")
-    x, y, frame_width, frame_height = struct.unpack("<4H", frame)
+    x, y, frame_width, frame_height = struct.unpack_from("<4H", data, position + 1)
     if x + frame_width > width or y + frame_height > height:
         raise ImageUndecodableError(
             f"the GIF image is damaged: its first frame of {frame_width} x {frame_height} pixels at {x}, {y} does not "
@@ -177,11 +170,17 @@ def strip_gif(data: bytes) -> Stripped:
     return Stripped(data[:start], [memoryview(data)[position:]])
 
 
-def _after_sub_blocks(data: bytes, position: int) -> int:
-    """Return where a chain of sub-blocks ends."""
+def _after_extensions(data: bytes, position: int) -> int:
+    """Return where the extensions that stand at a position end."""
+    in_extension = False
     for _ in range(_MAX_BLOCKS):
-        size = data[position] if position < len(data) else 0
-        position += 1 + size
-        if not size:
+        first = data[position : position + 1]
+        if in_extension:  # a sub-block: its size, then as many bytes; the empty one is the last
+            position += 1 + int.from_bytes(first)
+            in_extension = first > b"\0"
+        elif first == b"!":
+            position += 2
+            in_extension = True
+        else:
             return position
-    raise ImageUndecodableError("the GIF image is damaged: an extension does not end")
+    raise ImageUndecodableError(f"the GIF image has more than {_MAX_BLOCKS} blocks before its first frame")

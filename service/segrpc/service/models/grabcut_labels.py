@@ -21,11 +21,11 @@ COARSE = 128  # the side of the grid of half the resolution, which is enough to 
 SURE_BG, SURE_FG = np.uint8(cv2.GC_BGD), np.uint8(cv2.GC_FGD)
 MAYBE_BG, MAYBE_FG = np.uint8(cv2.GC_PR_BGD), np.uint8(cv2.GC_PR_FGD)
 
-_SURE_SHARE = 0.4  # the part of a click's claim, nearest to it, that is beyond doubt
+_SURE_SHARE = 0.3  # the part of a click's claim, nearest to it, that is beyond doubt
 _POINT_REACH = (0.02, 0.1, 0.4)  # part, object, whole: what clicks claim, as a share of the image
 _FAR = 3.0  # times the reach: what lies beyond is background
 _BOX_RADII = (0.6, 1.0, np.inf)  # part, object, whole: an ellipse in the box, or all of it, is object at first
-_BOX_REACH = 0.1  # what clicks claim in a box, as a share of the box
+_BOX_REACH = 0.03  # what clicks claim in a box, as a share of the box
 _MASK_REACH = (0.1, 0.3, 0.6)  # what clicks correct in an earlier mask, as a share of the mask
 _MASK_BAND = 8  # cells on both sides of an earlier outline that may change without a click
 _UNREACHABLE = 1e9
@@ -106,7 +106,8 @@ def _from_points(scene: Scene, prompt: GridPrompt) -> Iterator[Cells]:
 
 
 def _from_box(scene: Scene, prompt: GridPrompt, inside: BoolCells) -> Iterator[Cells]:
-    to_fg, to_bg = distance_from(scene.lab, prompt.fg), distance_from(scene.lab, prompt.bg)
+    # A background click outside the box says no more than the box.
+    to_fg, to_bg = distance_from(scene.lab, prompt.fg), distance_from(scene.lab, prompt.bg & inside)
     rows, columns = (np.flatnonzero(inside.any(axis=axis)) for axis in (1, 0))
     y, x = ((np.arange(SIDE) - line.mean()) / (line.size / 2) for line in (rows, columns))
     radius = np.hypot(y[:, None], x)  # 1 in the middle of the box's sides
