@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from sam2.build_sam import build_sam2
+
 from segrpc.service.models.sam2.catalog import VARIANTS
 
 

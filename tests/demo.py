@@ -9,12 +9,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
-from segrpc.client import Mask, SegmentationClient, SegmentationResult
-from segrpc.client.render import overlay
 
+from segrpc.client import Mask, SegmentationClient
+from segrpc.client.render import overlay
 from tests.photos import NAMES, Prompts, load_image, photo_path, prompts_of
 from tests.server_process import ServerProcess
+
+Logits = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -44,19 +48,12 @@ def main() -> None:
 
 
 def segment(client: SegmentationClient, name: str, output: Path) -> list[Row]:
-    """Segment a photo by points, by a box, and refine the better start; write an overlay of each."""
+    """Segment a photo by points and by a box, and refine the box's mask with the points; write an overlay of each."""
     image, prompts = load_image(name), prompts_of(name)
-    rows = []
-    for step, prompt in (("points", prompts.points_only()), ("box", prompts.box_only())):
-        rows.append(ask(client, name, step, prompt, image, output))
-    best = max(rows, key=lambda row: row.mask.score)
-    print(f"{name}: refining the mask of the {best.prompt}")
-    start = prompts.points_only() if best.prompt == "points" else prompts.box_only()
-    first = client.segment(photo_path(name), **start.arguments(), return_logits=True)
-    assert first.logits is not None
-    chosen = first.predictions[0].masks.index(first.predictions[0].best)
-    refined = ask(client, name, "refined", prompts, image, output, mask_input=first.logits[0, chosen])
-    return [*rows, refined]
+    by_points, _ = ask(client, name, "points", prompts.points_only(), image, output)
+    by_box, logits = ask(client, name, "box", prompts.box_only(), image, output)
+    refined, _ = ask(client, name, "refined", prompts, image, output, mask_input=logits)
+    return [by_points, by_box, refined]
 
 
 def ask(
@@ -66,21 +63,22 @@ def ask(
     prompts: Prompts,
     image: Image.Image,
     output: Path,
-    mask_input: object = None,
-) -> Row:
-    """Ask for one mask and write its overlay."""
+    mask_input: Logits | None = None,
+) -> tuple[Row, Logits]:
+    """Ask for a mask and write its overlay; return the line of the table and the mask's logits."""
     start = time.perf_counter()
-    result: SegmentationResult = client.segment(
+    result = client.segment(
         photo_path(name),
         **prompts.arguments(),
         mask_input=mask_input,
         multimask_output=mask_input is None,
+        return_logits=True,
     )
-    elapsed = time.perf_counter() - start
-    mask = result.predictions[0].best
-    picture = overlay(image, [mask], **prompts.arguments())
-    picture.save(output / f"{name}-{step}.png")
-    return Row(name, step, mask, elapsed * 1e3)
+    milliseconds = (time.perf_counter() - start) * 1e3
+    (prediction,) = result.predictions
+    assert result.logits is not None
+    overlay(image, [prediction.best], **prompts.arguments()).save(output / f"{name}-{step}.png")
+    return Row(name, step, prediction.best, milliseconds), result.logits[0, prediction.best_index]
 
 
 def print_table(rows: list[Row]) -> None:

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from PIL import Image
 from sam2.build_sam import build_sam2
+
 from segrpc.client import SegmentationClient
 from segrpc.service.models.sam2.catalog import VARIANTS
-
 from tests.checkpoints import write_checkpoint
 from tests.parity.reference import THREADS, Prompt, Reference
 from tests.photos import load_image
@@ -59,7 +59,7 @@ def compare(reference: Reference, client: SegmentationClient, width: int, height
     data = file.getvalue()
 
     start = time.perf_counter()
-    reference.set_image(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+    reference.set_image(np.array(Image.open(io.BytesIO(data)).convert("RGB")))
     encoded = time.perf_counter()
     client.encode(data)
     show(f"first encode, {width} x {height}", [encoded - start], [time.perf_counter() - encoded])

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import grpc
 import pytest
-from tests.photos import photo_bytes
 
 from tests.checkpoints import write_checkpoint
+from tests.photos import photo_bytes
 from tests.server_process import ServerProcess, connect
 
 

@@ -10,6 +10,7 @@ import grpc
 import numpy as np
 import pytest
 from PIL import Image as PILImage
+
 from segrpc.v1.model_service_pb2 import GetModelRequest
 from segrpc.v1.model_service_pb2_grpc import ModelServiceStub
 from segrpc.v1.refine_pb2 import ImageChunk, UploadHeader
@@ -25,7 +26,6 @@ from segrpc.v1.types_pb2 import (
     Prompt,
     Tensor,
 )
-
 from tests.blackbox.failure import Failure, failure_of
 from tests.server_process import ServerProcess, connect, raw
 

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 
 import grpc
 import pytest
+
 from segrpc.v1.refine_pb2 import ImageChunk, UploadHeader
 from segrpc.v1.segmentation_service_pb2 import EncodeImageRequest, SegmentRequest, UploadImageRequest
 from segrpc.v1.types_pb2 import DATA_TYPE_FLOAT32, Box, Image, OutputOptions, Point, Prompt, Tensor
-
 from tests.server_process import ServerProcess, connect, raw
 
 Code = grpc.StatusCode

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from segrpc.service.models.sam2.catalog import VARIANTS
 
+from segrpc.service.models.sam2.catalog import VARIANTS
 from tests.checkpoints import write_checkpoint
 from tests.server_process import ServerProcess
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 from pycocotools import mask as coco
+
 from segrpc.v1.refine_pb2 import ImageChunk, UploadHeader
 from segrpc.v1.segmentation_service_pb2 import (
     EncodeImageRequest,
@@ -28,7 +29,6 @@ from segrpc.v1.types_pb2 import (
     Point,
     Prompt,
 )
-
 from tests.blackbox.failure import chunks, failure_of
 from tests.server_process import ServerProcess, connect
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import grpc
 import pytest
 import torch
+
 from segrpc.v1.model_service_pb2 import ListModelsRequest, Model
 from segrpc.v1.model_service_pb2_grpc import ModelServiceStub
-
 from tests.blackbox.failure import failure_of
 from tests.checkpoints import write_checkpoint
 from tests.server_process import ServerProcess, connect, raw

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import grpc
 import pytest
+
 from segrpc.v1.segmentation_service_pb2 import SegmentRequest
 from segrpc.v1.segmentation_service_pb2_grpc import SegmentationServiceStub
 from segrpc.v1.types_pb2 import Image, Point, Prompt
-
 from tests.blackbox.failure import failure_of
 from tests.server_process import ServerProcess, connect
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
+
 from segrpc.client import SegmentationClient
 from segrpc.v1.segmentation_service_pb2 import SegmentRequest
 from segrpc.v1.segmentation_service_pb2_grpc import SegmentationServiceStub
 from segrpc.v1.types_pb2 import Image, Point, Prompt
-
 from tests.blackbox.failure import failure_of, parse
 from tests.photos import load_image, photo_bytes
 from tests.server_process import ServerProcess, connect

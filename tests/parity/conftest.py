@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from sam2.build_sam import build_sam2
+
 from segrpc.client import SegmentationClient
 from segrpc.service.models.sam2.catalog import VARIANTS
-
 from tests.checkpoints import write_checkpoint
 from tests.parity.reference import THREADS, Reference
 from tests.server_process import ServerProcess

@@ -6,9 +6,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
+
 from segrpc.client import SegmentationResult
 from segrpc.service.models.sam2.catalog import VARIANTS
-
 from tests.parity.conftest import Pair
 from tests.parity.reference import Prompt
 from tests.photos import load_image
@@ -79,7 +79,7 @@ def photo(request: pytest.FixtureRequest, pair: Pair) -> Image.Image:
     """A photo at one of the sizes, set in the reference."""
     width, height, mode = IMAGES[request.param]
     image = load_image("chelsea").resize((width, height), Image.Resampling.BICUBIC).convert(mode)
-    pair.reference.set_image(np.asarray(image.convert("RGB")))
+    pair.reference.set_image(np.array(image.convert("RGB")))
     return image
 
 
@@ -145,7 +145,7 @@ def test_every_size_loads_and_agrees(make_pair: Callable[..., Pair], name: str) 
     pair = make_pair(name)
     assert [model.name for model in pair.client.models()] == [name]
     photo = load_image("coffee")
-    pair.reference.set_image(np.asarray(photo))
+    pair.reference.set_image(np.array(photo))
     prompts = list(prompts_for(*photo.size).values())
     for multimask in (True, False):
         assert_same(pair, ask(pair, photo, prompts, multimask=multimask), prompts, multimask=multimask)

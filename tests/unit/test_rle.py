@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 from pycocotools import mask as coco
+
 from segrpc.service import rle
 
 Mask = npt.NDArray[np.bool_]

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pydantic import ValidationError
+
 from segrpc.service.schemas import (
     CompressedRLE,
     FloatType,

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
+
 from segrpc.service.engine.inline import InlineEngine
 from segrpc.service.errors import SegrpcError
 from segrpc.service.models.sam2.catalog import VARIANTS

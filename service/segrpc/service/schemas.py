@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError
+
 from segrpc.service import rle
 from segrpc.service.errors import Violation
 

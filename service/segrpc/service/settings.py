@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ByteSize, Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
 from segrpc.service.models.sam2.catalog import VARIANTS, name_for_file
 from segrpc.service.schemas import FloatType, ModelDeploymentConfig
 

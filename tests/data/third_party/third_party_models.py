@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+
 from segrpc.service.images.decode import decode_image
 from segrpc.service.models.base import SegmentationModel
 from segrpc.service.models.registry import register_model

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from segrpc.service.rpc import convert
 from segrpc.v1.segmentation_service_pb2 import SegmentRequest
 from segrpc.v1.types_pb2 import DATA_TYPE_FLOAT16, DATA_TYPE_FLOAT32, Box, OutputOptions, Point, Prompt, Tensor

@@ -1,6 +1,7 @@
 """What a session's name stands for, for whom, and how long."""
 
 import pytest
+
 from segrpc.service.errors import NoPredictorStateError
 from segrpc.service.sessions.current_images import CurrentImages
 

@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
 from segrpc.client.channel import DEFAULT_TARGET, DEFAULT_TIMEOUT
 from segrpc.client.errors import SegmentationError
 from segrpc.client.flow import SegmentOptions

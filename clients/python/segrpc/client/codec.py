@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 from PIL import Image as PILImage
+
 from segrpc.client.types import (
     Embedding,
     EncodedImage,

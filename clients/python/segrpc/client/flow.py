@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypedDict, TypeVar
 
 from grpc_health.v1 import health_pb2
+
 from segrpc.client import codec
 from segrpc.client.codec import EncodedFile, ImageLike, MaskEncoding, TensorType
 from segrpc.client.errors import NotFoundError

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
+
 from segrpc.client.codec import box_column, label_column, point_column
 from segrpc.client.types import Mask
 

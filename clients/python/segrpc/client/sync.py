@@ -7,6 +7,7 @@ from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 from grpc_health.v1.health_pb2_grpc import HealthStub
+
 from segrpc.client import flow
 from segrpc.client.channel import DEFAULT_TARGET, DEFAULT_TIMEOUT, channel_options
 from segrpc.client.codec import ImageLike

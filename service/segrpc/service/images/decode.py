@@ -26,6 +26,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
+
 from segrpc.service.errors import ImageTooLargeError, ImageUndecodableError, OverloadedError, SegrpcError
 from segrpc.service.images import strip, tiff
 

@@ -16,6 +16,7 @@ from typing import Any, Final, TypeVar
 
 import httpcore
 import httpx
+
 from segrpc.service.errors import ImageFetchError, InvalidFieldError, UriNotAllowedError
 from segrpc.service.images.decode import ImageLimits, check_size
 from segrpc.service.images.policy import DEFAULT_PORTS, SourcePolicy, is_public

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from PIL import TiffTags
+
 from segrpc.service.errors import ImageTooLargeError, ImageUndecodableError
 
 ORIENTATION: Final = 274

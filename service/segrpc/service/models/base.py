@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from segrpc.service.errors import CapabilityMissingError, InvalidFieldError, NoPredictorStateError
 from segrpc.service.images.decode import ImageLimits, RGBImage, decode_image
 from segrpc.service.images.sources import SourcePolicy, read_source

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 import numpy.typing as npt
+
 from segrpc.service.errors import ModelLoadError
 from segrpc.service.images.decode import RGBImage
 from segrpc.service.models.base import Decoded, DecodeRequest, Embedding, Float32Array, PromptableModel

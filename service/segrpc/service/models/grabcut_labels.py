@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import numpy.typing as npt
+
 from segrpc.service.models.base import LOGIT_LIMIT, DecodeRequest, Float32Array
 
 Cells = npt.NDArray[np.uint8]  # [256, 256]: labels, or a mask of 0 and 1

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from google.protobuf import duration_pb2
 from pydantic import ValidationError
+
 from segrpc.service import rle
 from segrpc.service.engine.base import EncodeResult, SegmentResult, ServedModel, StageTimes
 from segrpc.service.errors import InvalidFieldError, SegrpcError, Violation

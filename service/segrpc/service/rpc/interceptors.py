@@ -12,6 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
+
 from segrpc.service.errors import DrainingError, MalformedMessageError, SegrpcError
 from segrpc.service.rpc.status import DETAILS_KEY, internal_status, status_of
 

@@ -6,6 +6,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest, ServerReflectionResponse
+
 from segrpc.service.engine.base import Engine
 from segrpc.service.images.decode import ImageLimits
 from segrpc.service.images.library import ImageLibrary

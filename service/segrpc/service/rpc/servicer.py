@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
+
 from segrpc.service.engine.base import CancelToken, EncodeJob, Engine, SegmentJob
 from segrpc.service.errors import (
     ConfigNotFirstError,

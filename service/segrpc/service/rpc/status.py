@@ -3,6 +3,7 @@
 import grpc
 from google.protobuf import any_pb2, duration_pb2, message
 from google.rpc import error_details_pb2, status_pb2
+
 from segrpc.service.errors import (
     DeadlineError,
     ExhaustedError,

@@ -9,6 +9,7 @@ import torch
 # Imported for its side effect as well: sam2 registers its configurations with hydra.
 from sam2.build_sam import build_sam2
 from sam2.modeling.sam2_base import SAM2Base
+
 from segrpc.service.errors import ModelLoadError
 from segrpc.service.models.sam2.catalog import VARIANTS, Variant
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
+
 from segrpc.service.errors import ModelLoadError
 from segrpc.service.models.sam2.catalog import Variant
 

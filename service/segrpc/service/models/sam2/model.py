@@ -14,6 +14,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 from sam2.modeling.sam2_base import SAM2Base
+from torch.nn import functional
+
 from segrpc.service.errors import EmbeddingMismatchError, ModelLoadError, OutOfMemoryError, Violation
 from segrpc.service.images.decode import RGBImage
 from segrpc.service.models.base import Decoded, DecodeRequest, Embedding, PromptableModel
@@ -22,7 +24,6 @@ from segrpc.service.models.sam2 import hub
 from segrpc.service.models.sam2.catalog import VARIANTS
 from segrpc.service.models.sam2.checkpoint import build_model, identify, read_checkpoint
 from segrpc.service.schemas import CompressedRLE, FloatType, ModelDeploymentConfig, ModelMetadata, NDArrayFloat
-from torch.nn import functional
 
 _MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as the reference normalises
 _STD = (0.229, 0.224, 0.225)

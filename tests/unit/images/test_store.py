@@ -1,0 +1,73 @@
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from segrpc.service.errors import ImageNotFoundError, InvalidFieldError
+from segrpc.service.images.decode import digest_of
+from segrpc.service.images.store import ImageStore
+
+
+def test_files_are_found_by_digest() -> None:
+    store = ImageStore()
+    digest = store.put(b"one")
+    assert digest == digest_of(b"one")
+    assert store.get(digest) == b"one"
+    assert digest in store
+    assert store.put(b"one") == digest
+    assert (len(store), store.nbytes) == (1, 3)
+
+
+def test_the_file_that_was_not_used_for_longest_goes_first() -> None:
+    store = ImageStore(max_bytes=10)
+    first, second, third = store.put(b"aaaa"), store.put(b"bbbb"), digest_of(b"cccc")
+    store.get(first)
+    assert store.put(b"cccc") == third
+    assert [digest in store for digest in (first, second, third)] == [True, False, True]
+    store.put(b"aaaa")  # counts as use
+    store.put(b"dddd")
+    assert [digest in store for digest in (first, third)] == [True, False]
+    assert (len(store), store.nbytes) == (2, 8)
+
+
+def test_one_large_file_may_push_out_several() -> None:
+    store = ImageStore(max_bytes=10)
+    for data in (b"aaaa", b"bb", b"cc"):
+        store.put(data)
+    store.put(b"d" * 9)
+    assert (len(store), store.nbytes) == (1, 9)
+
+
+def test_a_file_above_the_budget_is_not_kept_and_pushes_nothing_out() -> None:
+    store = ImageStore(max_bytes=10)
+    kept = store.put(b"a" * 10)
+    assert store.put(b"b" * 11) not in store
+    assert kept in store
+
+
+@pytest.mark.parametrize("digest", ["", "sha256:", "a" * 64, digest_of(b"").upper()])
+def test_malformed_digests(digest: str) -> None:
+    with pytest.raises(InvalidFieldError) as caught:
+        ImageStore().get(digest)
+    assert caught.value.violations[0].field == "digest"
+
+
+def test_unknown_digests() -> None:
+    with pytest.raises(ImageNotFoundError, match="send the image again"):
+        ImageStore().get(digest_of(b"unknown"))
+
+
+def test_threads_may_share_it() -> None:
+    store = ImageStore(max_bytes=500)
+
+    def work(seed: int) -> None:
+        for i in range(300):
+            digest = store.put(bytes([seed]) * (i % 90 + 1))
+            try:
+                assert digest_of(store.get(digest)) == digest
+            except ImageNotFoundError:
+                pass  # pushed out by another thread
+            assert store.nbytes <= 500
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert len(store) > 0
