@@ -137,7 +137,7 @@ def _as_json(result: SegmentationResult, masks: list[Mask], milliseconds: float)
     return {
         "model": result.model,
         "image": {"digest": result.image.digest, "width": result.image.width, "height": result.image.height},
-        "masks": [{**mask.to_coco(), "box": mask.box} for mask in masks],
+        "masks": [{**mask.to_coco(), "box": mask.box, "area": mask.area} for mask in masks],
         "best": result.predictions[0].best_index,
         "latency_ms": round(milliseconds, 3),
         "timing_ms": _timing_ms(result.timing),

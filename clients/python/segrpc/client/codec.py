@@ -248,8 +248,8 @@ def tensor_message(array: npt.NDArray[Any]) -> types_pb2.Tensor:
 
 
 def tensor_array(tensor: types_pb2.Tensor) -> npt.NDArray[Any]:
-    """Return a message's array in its own type; read-only, as it shares the message's memory."""
-    return np.frombuffer(tensor.data, dtype=_NUMPY_TYPES[tensor.dtype][1]).reshape(tuple(tensor.shape))
+    """Return a message's array in its own type."""
+    return np.frombuffer(tensor.data, dtype=_NUMPY_TYPES[tensor.dtype][1]).reshape(tuple(tensor.shape)).copy()
 
 
 def data_type(name: TensorType) -> types_pb2.DataType.ValueType:

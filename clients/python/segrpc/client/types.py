@@ -101,15 +101,12 @@ class Mask:
         return {"size": [self.height, self.width], "counts": counts}
 
     def to_coco(self, image_id: int = 0, category_id: int = 1) -> dict[str, Any]:
-        """Return a COCO result, fit for JSON."""
-        x_min, y_min, x_max, y_max = self.box or (0.0, 0.0, 0.0, 0.0)
+        """Return a COCO segmentation result, fit for JSON; pycocotools finds area and box from the mask itself."""
         return {
             "image_id": image_id,
             "category_id": category_id,
             "segmentation": {"size": [self.height, self.width], "counts": self.rle["counts"].decode("ascii")},
             "score": self.score,
-            "bbox": [x_min, y_min, x_max - x_min, y_max - y_min],
-            "area": self.area,
         }
 
 
