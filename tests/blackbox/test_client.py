@@ -19,6 +19,7 @@ from segrpc.client import (
     SegmentationClient,
     UnavailableError,
 )
+from segrpc.client.codec import ImageLike
 from tests.photos import drawn_mask, iou, load_array, load_image, photo_path, prompts_of
 from tests.server_process import ServerProcess
 
@@ -31,7 +32,7 @@ def client(server: ServerProcess) -> Any:
 
 def test_every_kind_of_image_gives_the_same_mask(client: SegmentationClient) -> None:
     path = photo_path("coffee")
-    kinds = [path, str(path), path.read_bytes(), load_array("coffee"), load_image("coffee")]
+    kinds: list[ImageLike] = [path, str(path), path.read_bytes(), load_array("coffee"), load_image("coffee")]
     masks = [client.segment(image, points=[(300, 200)]).predictions[0].best.array for image in kinds]
     for mask in masks[1:]:
         np.testing.assert_array_equal(mask, masks[0])

@@ -23,6 +23,8 @@ table in ``rpc/status.py`` turns the branches of this tree into gRPC statuses::
     │   ├── ImageNotFoundError         IMAGE_NOT_FOUND
     │   ├── ModelNotFoundError         MODEL_NOT_FOUND
     │   └── SessionNotFoundError       SESSION_NOT_FOUND
+    ├── ConflictError                  somebody else did something meanwhile
+    │   └── SessionTakenError          SESSION_TAKEN
     ├── ExhaustedError                 no room; may work later
     │   ├── OverloadedError            OVERLOADED
     │   └── OutOfMemoryError           OUT_OF_MEMORY
@@ -182,6 +184,16 @@ class SessionNotFoundError(NotFoundError):
     """No session of this name is at hand."""
 
     reason = "SESSION_NOT_FOUND"
+
+
+class ConflictError(SegrpcError):
+    """Somebody else did something meanwhile."""
+
+
+class SessionTakenError(ConflictError):
+    """The session was resumed on another stream."""
+
+    reason = "SESSION_TAKEN"
 
 
 class _RetryableError(SegrpcError):

@@ -3,20 +3,36 @@
 Sources, the stronger first: the command line, ``SEGRPC_*`` environment variables, the TOML file, the defaults below.
 """
 
+import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import ByteSize, Field, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import BeforeValidator, ByteSize, Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from segrpc.service.images.policy import SourcePolicy
 from segrpc.service.models.sam2.catalog import VARIANTS, name_for_file
 from segrpc.service.schemas import FloatType, ModelDeploymentConfig
 
 MiB = 2**20
 GiB = 2**30
 
-Positive = Field(gt=0)
+T = TypeVar("T")
+
+
+def _from_json(value: Any) -> Any:
+    """Read a list from the environment; the other sources give lists."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f'is no list in JSON, such as ["a", "b"]: {error}') from error
+
+
+Many = Annotated[tuple[T, ...], NoDecode, BeforeValidator(_from_json)]
+Seconds = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Settings(BaseSettings):
@@ -31,7 +47,7 @@ class Settings(BaseSettings):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: FloatType = Field("float32", description="float32, bfloat16 or float16: the precision of SAM 2")
     threads: int = Field(0, ge=0, description="threads for computing on the CPU; 0: as torch chooses")
-    models: tuple[ModelDeploymentConfig, ...] = Field(
+    models: Many[ModelDeploymentConfig] = Field(
         (), description="several models, as [[models]] tables of the TOML file with name, model and model_params"
     )
 
@@ -46,16 +62,30 @@ class Settings(BaseSettings):
     image_store_bytes: ByteSize = Field(ByteSize(1 * GiB), gt=0, description="memory for images known by digest")
     embedding_cache_bytes: ByteSize = Field(ByteSize(2 * GiB), gt=0, description="memory for embeddings")
     max_sessions: int = Field(10_000, gt=0, description="sessions whose current image is remembered")
-    session_idle_seconds: Annotated[float, Positive] = Field(600.0, description="how long an unused session is kept")
+    session_idle_seconds: Seconds = Field(600.0, gt=0, description="how long an unused session is kept")
 
-    media_root: tuple[Path, ...] = Field((), description="folder whose files clients may name; may be repeated")
-    allowed_host: tuple[str, ...] = Field((), description="host whose URLs clients may name; may be repeated")
+    media_root: Many[Path] = Field((), description="folder whose files clients may name; may be repeated")
+    allowed_host: Many[str] = Field((), description="host whose URLs clients may name; may be repeated")
     allow_private_addresses: bool = Field(False, description="allow hosts on private and loopback addresses")
-    fetch_timeout: Annotated[float, Positive] = Field(10.0, description="seconds for fetching an image by URL")
+    fetch_timeout: Seconds = Field(10.0, gt=0, description="seconds for fetching an image by URL")
 
     reflection: bool = Field(True, description="answer gRPC server reflection")
-    drain_seconds: float = Field(30.0, ge=0, description="how long calls in progress may take after SIGTERM")
+    drain_seconds: Seconds = Field(30.0, ge=0, description="how long calls in progress may take after SIGTERM")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
+
+    @field_validator("listen")
+    @classmethod
+    def _check_listen(cls, listen: str) -> str:
+        host, _, port = listen.rpartition(":")
+        # gRPC would take a port above 65535 for another one.
+        if not host or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
+            raise ValueError(f"{listen!r} must be HOST:PORT with a port of 0 to 65535")
+        return listen
+
+    @field_validator("allowed_host")
+    @classmethod
+    def _check_allowed_host(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        return SourcePolicy(allowed_hosts=hosts).allowed_hosts
 
     @model_validator(mode="after")
     def _check_models(self) -> Self:
@@ -93,7 +123,10 @@ class Settings(BaseSettings):
             OSError: If the file cannot be read.
             tomllib.TOMLDecodeError: If it is no TOML.
         """
-        from_file = tomllib.loads(config.read_text("utf-8")) if config else {}
+        try:
+            from_file = tomllib.loads(config.read_text("utf-8")) if config else {}
+        except UnicodeDecodeError as error:
+            raise OSError(f"{config} is not encoded in UTF-8: {error}") from error
 
         class Sourced(cls):  # type: ignore[valid-type, misc] # the file differs from call to call
             @classmethod

@@ -1,5 +1,6 @@
 import base64
 import os
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
 
@@ -51,7 +52,7 @@ def test_bytes_are_taken_as_they_are() -> None:
     ],
     ids=["base64", "upper-case", "unpadded", "percent-and-base64", "lines", "percent"],
 )
-def test_data_urls(uri: str, read: type[read_uri]) -> None:
+def test_data_urls(uri: str, read: Callable[..., bytes]) -> None:
     assert read(uri, SourcePolicy(), ImageLimits()) == PNG
 
 

@@ -138,8 +138,9 @@ class RefineRequest(_message.Message):
     CANCEL_FIELD_NUMBER: _builtins.int
     FINISH_FIELD_NUMBER: _builtins.int
     seq: _builtins.int
-    """The client's number of this message. Rises strictly from message to message; an edit that is sent again under a
-    number that was seen before is applied once.
+    """The client's number of this message. From edit to edit it rises strictly, over all streams of a session. An edit that
+    is sent again under a number that was seen before is applied once; one under a lower number that was not seen is
+    rejected. Required for edits, at least 1; without meaning for other messages.
     """
     @_builtins.property
     def config(self) -> Global___RefineConfig:
@@ -539,7 +540,7 @@ Global___Reset: _TypeAlias = Reset  # noqa: Y015
 
 @_typing.final
 class CancelThrough(_message.Message):
-    """Drops edits that have not been computed yet."""
+    """Drops edits that have not been computed yet. Each is answered with EditRejected and the reason CANCELLED."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -590,9 +591,13 @@ class RefineResponse(_message.Message):
     DRAINING_FIELD_NUMBER: _builtins.int
     UPLOAD_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
-    """The number of the session's newest revision. Starts at 0 and rises by 1 with each."""
+    """The number of the session's newest revision that this response takes into account. Starts at 0 and rises by 1 with
+    each change of an object that is answered by a result.
+    """
     applied_seq: _builtins.int
-    """The number of the last request that this response takes into account."""
+    """The number of the last edit that this response takes into account: it and all before it were applied, rejected or
+    cancelled. After resuming, send again what has a higher number.
+    """
     @_builtins.property
     def opened(self) -> Global___SessionOpened:
         """The session is open: the first response after the image is known."""
@@ -687,10 +692,16 @@ class MaskResult(_message.Message):
     SELECTED_MASK_FIELD_NUMBER: _builtins.int
     MASK_LOGITS_FIELD_NUMBER: _builtins.int
     TIMING_FIELD_NUMBER: _builtins.int
+    ROUNDS_FIELD_NUMBER: _builtins.int
+    SHOWN_REVISION_FIELD_NUMBER: _builtins.int
     object_id: _builtins.str
     """The object."""
     selected_mask: _builtins.int
     """Which of the candidates the next round starts from: the best score unless SelectMask chose."""
+    shown_revision: _builtins.int
+    """The revision of the round whose masks this result shows: the last of `rounds`, or an earlier one after Undo and
+    Redo. 0 when the object has no prompts, and so no masks.
+    """
     @_builtins.property
     def prediction(self) -> _types_pb2.Prediction:
         """Its candidates."""
@@ -701,7 +712,14 @@ class MaskResult(_message.Message):
 
     @_builtins.property
     def timing(self) -> _types_pb2.Timing:
-        """Where the time went."""
+        """Where the time went; unset when nothing was computed, as after Undo."""
+
+    @_builtins.property
+    def rounds(self) -> _containers.RepeatedCompositeFieldContainer[Global___Round]:
+        """What the service understood: the rounds of this object that were computed since the last result that was sent for
+        it, the oldest first. Each can be repeated with Segment and gives the same masks. After resuming: all rounds after
+        Resume.last_revision.
+        """
 
     def __init__(
         self,
@@ -711,14 +729,68 @@ class MaskResult(_message.Message):
         selected_mask: _builtins.int = ...,
         mask_logits: _types_pb2.Tensor | None = ...,
         timing: _types_pb2.Timing | None = ...,
+        rounds: _abc.Iterable[Global___Round] | None = ...,
+        shown_revision: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["mask_logits", b"mask_logits", "prediction", b"prediction", "timing", b"timing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["mask_logits", b"mask_logits", "object_id", b"object_id", "prediction", b"prediction", "selected_mask", b"selected_mask", "timing", b"timing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mask_logits", b"mask_logits", "object_id", b"object_id", "prediction", b"prediction", "rounds", b"rounds", "selected_mask", b"selected_mask", "shown_revision", b"shown_revision", "timing", b"timing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___MaskResult: _TypeAlias = MaskResult  # noqa: Y015
+
+@_typing.final
+class Round(_message.Message):
+    """One computation of masks. A Segment call with the same prompt, mask input and number of candidates gives the same
+    masks, byte for byte.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    POINT_IDS_FIELD_NUMBER: _builtins.int
+    MASK_REVISION_FIELD_NUMBER: _builtins.int
+    MASK_INDEX_FIELD_NUMBER: _builtins.int
+    MASK_SEQ_FIELD_NUMBER: _builtins.int
+    MULTIMASK_OUTPUT_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """The revision that it became."""
+    mask_revision: _builtins.int
+    """The revision whose logits were the mask input. 0: none, or `mask_seq`."""
+    mask_index: _builtins.int
+    """Which of its candidates."""
+    mask_seq: _builtins.int
+    """The number of the SetMask edit whose logits were the mask input. 0: none, or `mask_revision`."""
+    multimask_output: _builtins.bool
+    """Whether it gave several candidates."""
+    @_builtins.property
+    def prompt(self) -> _types_pb2.Prompt:
+        """Points and box, without the mask input."""
+
+    @_builtins.property
+    def point_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The names of the points as AddPoints.point_ids gave them, empty for a point without one. Empty when none has one."""
+
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        prompt: _types_pb2.Prompt | None = ...,
+        point_ids: _abc.Iterable[_builtins.str] | None = ...,
+        mask_revision: _builtins.int = ...,
+        mask_index: _builtins.int = ...,
+        mask_seq: _builtins.int = ...,
+        multimask_output: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mask_index", b"mask_index", "mask_revision", b"mask_revision", "mask_seq", b"mask_seq", "multimask_output", b"multimask_output", "point_ids", b"point_ids", "prompt", b"prompt", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Round: _TypeAlias = Round  # noqa: Y015
 
 @_typing.final
 class EditRejected(_message.Message):
@@ -733,7 +805,7 @@ class EditRejected(_message.Message):
     seq: _builtins.int
     """The number of the edit."""
     reason: _builtins.str
-    """Why, as in ErrorInfo.reason, for programs."""
+    """Why, as in ErrorInfo.reason, for programs; CANCELLED after CancelThrough."""
     message: _builtins.str
     """Why, for people."""
     @_builtins.property

@@ -90,7 +90,8 @@ class SegmentationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Refine(self, request_iterator, context):
-        """Opens an interactive session on one image. Answers UNIMPLEMENTED in this version.
+        """Opens an interactive session on one image: edits go in, masks come out, with undo, and with resuming after the
+        connection was lost. docs/protocol.md describes the sequences.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -45,7 +45,9 @@ class SegmentationServiceStub:
     UploadImage: _grpc.StreamUnaryMultiCallable[_segmentation_service_pb2.UploadImageRequest, _segmentation_service_pb2.UploadImageResponse]
     """Uploads an image in chunks; afterwards Image.digest names it. The first message is the header."""
     Refine: _grpc.StreamStreamMultiCallable[_refine_pb2.RefineRequest, _refine_pb2.RefineResponse]
-    """Opens an interactive session on one image. Answers UNIMPLEMENTED in this version."""
+    """Opens an interactive session on one image: edits go in, masks come out, with undo, and with resuming after the
+    connection was lost. docs/protocol.md describes the sequences.
+    """
 
 @_typing.type_check_only
 class SegmentationServiceAsyncStub(SegmentationServiceStub):
@@ -63,7 +65,9 @@ class SegmentationServiceAsyncStub(SegmentationServiceStub):
     UploadImage: _aio.StreamUnaryMultiCallable[_segmentation_service_pb2.UploadImageRequest, _segmentation_service_pb2.UploadImageResponse]  # type: ignore[assignment]
     """Uploads an image in chunks; afterwards Image.digest names it. The first message is the header."""
     Refine: _aio.StreamStreamMultiCallable[_refine_pb2.RefineRequest, _refine_pb2.RefineResponse]  # type: ignore[assignment]
-    """Opens an interactive session on one image. Answers UNIMPLEMENTED in this version."""
+    """Opens an interactive session on one image: edits go in, masks come out, with undo, and with resuming after the
+    connection was lost. docs/protocol.md describes the sequences.
+    """
 
 class SegmentationServiceServicer(metaclass=_abc_1.ABCMeta):
     """Masks of objects from prompts.
@@ -102,6 +106,8 @@ class SegmentationServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_refine_pb2.RefineRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_refine_pb2.RefineResponse], _abc.AsyncIterator[_refine_pb2.RefineResponse]]:
-        """Opens an interactive session on one image. Answers UNIMPLEMENTED in this version."""
+        """Opens an interactive session on one image: edits go in, masks come out, with undo, and with resuming after the
+        connection was lost. docs/protocol.md describes the sequences.
+        """
 
 def add_SegmentationServiceServicer_to_server(servicer: SegmentationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -5,6 +5,7 @@ from google.protobuf import any_pb2, duration_pb2, message
 from google.rpc import error_details_pb2, status_pb2
 
 from segrpc.service.errors import (
+    ConflictError,
     DeadlineError,
     ExhaustedError,
     InvalidInputError,
@@ -23,6 +24,7 @@ CODES: dict[type[SegrpcError], grpc.StatusCode] = {
     NotAllowedError: grpc.StatusCode.PERMISSION_DENIED,
     PreconditionError: grpc.StatusCode.FAILED_PRECONDITION,
     NotFoundError: grpc.StatusCode.NOT_FOUND,
+    ConflictError: grpc.StatusCode.ABORTED,
     ExhaustedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     UnavailableError: grpc.StatusCode.UNAVAILABLE,
     DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,

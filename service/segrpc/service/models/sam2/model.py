@@ -28,7 +28,14 @@ from segrpc.service.schemas import CompressedRLE, FloatType, ModelDeploymentConf
 _MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as the reference normalises
 _STD = (0.229, 0.224, 0.225)
 _DTYPES: dict[FloatType, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_PARAMS = {"checkpoint", "config", "device", "dtype", "hub_id", "threads"}
+_PARAMS: dict[str, tuple[type, ...]] = {
+    "checkpoint": (str, Path),
+    "config": (str,),
+    "device": (str,),
+    "dtype": (str,),
+    "hub_id": (str,),
+    "threads": (int,),
+}
 
 T = TypeVar("T")
 
@@ -60,12 +67,17 @@ class Sam2(PromptableModel):
     def __init__(self, config: ModelDeploymentConfig) -> None:
         super().__init__(config)
         params = config.model_params
-        unknown = params.keys() - _PARAMS
+        unknown = params.keys() - _PARAMS.keys()
         if unknown:
             raise ModelLoadError(
                 f"model {config.name!r} does not understand {', '.join(sorted(unknown))}; it takes "
                 f"{', '.join(sorted(_PARAMS))}"
             )
+        for key, kinds in _PARAMS.items():
+            if params.get(key) is not None and not isinstance(params[key], kinds):
+                raise ModelLoadError(f"{key} {params[key]!r} of model {config.name!r} is no {kinds[0].__name__}")
+        if (params.get("threads") or 0) < 0:
+            raise ModelLoadError(f"threads {params['threads']} of model {config.name!r} is below 0")
         dtype: FloatType = params.get("dtype") or "float32"
         if dtype not in _DTYPES:
             raise ModelLoadError(f"dtype {dtype!r} is unknown; give float32, bfloat16 or float16")
@@ -91,7 +103,7 @@ class Sam2(PromptableModel):
         """Read the checkpoint and build the network. See `InferenceModel.load_model`."""
         params = self.config.model_params
         if params.get("threads"):
-            torch.set_num_threads(int(params["threads"]))
+            torch.set_num_threads(params["threads"])
         file = self._checkpoint()
         state = read_checkpoint(file)
         variant = VARIANTS.get(self.config.registered_name) or identify(state)
