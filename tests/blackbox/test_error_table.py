@@ -279,9 +279,5 @@ def test_an_embedding_of_another_model(sam2_stub: SegmentationServiceStub) -> No
         assert failure.fields[0] == first
 
 
-def test_refine_is_announced_but_not_there(stub: SegmentationServiceStub) -> None:
-    assert failure_of(lambda: list(stub.Refine(iter([])))).code is Code.UNIMPLEMENTED
-
-
 def test_an_error_names_the_request(stub: SegmentationServiceStub) -> None:
     assert failure_of(lambda: stub.Segment(request(request_id="mine", model="sam9"))).request_id == "mine"

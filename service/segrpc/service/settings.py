@@ -61,8 +61,11 @@ class Settings(BaseSettings):
     max_pending: int = Field(64, gt=0, description="jobs that may run or wait; more are refused")
     image_store_bytes: ByteSize = Field(ByteSize(1 * GiB), gt=0, description="memory for images known by digest")
     embedding_cache_bytes: ByteSize = Field(ByteSize(2 * GiB), gt=0, description="memory for embeddings")
-    max_sessions: int = Field(10_000, gt=0, description="sessions whose current image is remembered")
+    max_sessions: int = Field(10_000, gt=0, description="series of stateless calls whose current image is remembered")
+    max_open_sessions: int = Field(1024, gt=0, description="interactive sessions, with a stream or waiting for one")
+    session_bytes: ByteSize = Field(ByteSize(2 * GiB), gt=0, description="memory for interactive sessions")
     session_idle_seconds: Seconds = Field(600.0, gt=0, description="how long an unused session is kept")
+    session_detached_seconds: Seconds = Field(120.0, gt=0, description="how long a session waits to be resumed")
 
     media_root: Many[Path] = Field((), description="folder whose files clients may name; may be repeated")
     allowed_host: Many[str] = Field((), description="host whose URLs clients may name; may be repeated")

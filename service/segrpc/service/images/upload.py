@@ -40,6 +40,11 @@ class Upload:
         """How many bytes have arrived."""
         return len(self._received)
 
+    @property
+    def complete(self) -> bool:
+        """Whether all bytes have arrived."""
+        return len(self._received) == self._size
+
     def add(self, offset: int, data: bytes) -> None:
         """Take the next chunk.
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from segrpc.service import rle
 from segrpc.service.engine.base import EncodeResult, SegmentResult, ServedModel, StageTimes
-from segrpc.service.errors import InvalidFieldError, SegrpcError, Violation
+from segrpc.service.errors import InvalidFieldError, ModelNotFoundError, SegrpcError, Violation
 from segrpc.service.images.decode import ImageHeader
 from segrpc.service.schemas import (
     CompressedRLE,
@@ -52,6 +52,19 @@ def check_name(field: str, value: str) -> None:
         raise InvalidFieldError.of(field, f"has {len(value)} characters; at most {MAX_NAME} are allowed")
 
 
+def model_name(models: Sequence[ServedModel], name: str, field: str) -> str:
+    """Return a model's name, or the default model's for an empty one.
+
+    Raises:
+        ModelNotFoundError: If it is not served.
+    """
+    names = [model.name for model in models]
+    if name and name not in names:
+        check_name(field, name)
+        raise ModelNotFoundError(f"{field}: no model {name!r} is served; served are: {', '.join(names)}")
+    return name or names[0]
+
+
 def check_prompt_limits(request: segmentation_service_pb2.SegmentRequest, max_prompts: int, max_points: int) -> None:
     """Raise InvalidFieldError if a request has too many prompts or points."""
     if len(request.prompts) > max_prompts:
@@ -71,11 +84,9 @@ def segmentation_input(request: segmentation_service_pb2.SegmentRequest, image: 
     prompts, output = request.prompts, request.output
     check_mask_encoding(output)
     mask_input = _mask_input(prompts)
-    embedding = (
-        _float_array(request.image_embedding, "image_embedding") if request.HasField("image_embedding") else None
-    )
+    embedding = float_array(request.image_embedding, "image_embedding") if request.HasField("image_embedding") else None
     features = [
-        _float_array(tensor, f"high_resolution_features[{i}]")
+        float_array(tensor, f"high_resolution_features[{i}]")
         for i, tensor in enumerate(request.high_resolution_features)
     ]
     try:
@@ -85,7 +96,10 @@ def segmentation_input(request: segmentation_service_pb2.SegmentRequest, image: 
             high_resolution_features=features or None,
             mask_input=mask_input,
             points=[[[p.x, p.y] for p in prompt.points] for prompt in prompts],
-            labels=[[_label(p, i, j) for j, p in enumerate(prompt.points)] for i, prompt in enumerate(prompts)],
+            labels=[
+                [label(p, f"prompts[{i}].points[{j}].label") for j, p in enumerate(prompt.points)]
+                for i, prompt in enumerate(prompts)
+            ],
             boxes=[_box(prompt) for prompt in prompts],
             multimask_output=output.multimask_output if output.HasField("multimask_output") else True,
             num_multimask_outputs=(
@@ -117,10 +131,15 @@ def tensor_dtype(value: types_pb2.DataType.ValueType, field: str) -> FloatType:
     return _FLOAT_TYPES[value]
 
 
-def _label(point: types_pb2.Point, i: int, j: int) -> Literal[0, 1]:
+def label(point: types_pb2.Point, field: str) -> Literal[0, 1]:
+    """Return a point's label: 1 for object, 0 for background.
+
+    Raises:
+        InvalidFieldError: If it is unknown.
+    """
     if point.label not in _LABELS:
         text = f"{point.label} is unknown; must be POINT_LABEL_FOREGROUND or POINT_LABEL_BACKGROUND"
-        raise InvalidFieldError.of(f"prompts[{i}].points[{j}].label", text)
+        raise InvalidFieldError.of(field, text)
     return _LABELS[point.label]
 
 
@@ -138,7 +157,7 @@ def _mask_input(prompts: Sequence[types_pb2.Prompt]) -> NDArrayFloat | None:
         raise InvalidFieldError.of(
             f"prompts[{missing}].mask_input", "is required: another prompt of the request has one"
         )
-    arrays = [_float_array(p.mask_input, f"prompts[{i}].mask_input") for i, p in enumerate(prompts)]
+    arrays = [float_array(p.mask_input, f"prompts[{i}].mask_input") for i, p in enumerate(prompts)]
     for i, array in enumerate(arrays):
         if len(array.shape) != 3 or array.shape[0] != 1 or array.shape != arrays[0].shape:
             raise InvalidFieldError.of(
@@ -150,7 +169,12 @@ def _mask_input(prompts: Sequence[types_pb2.Prompt]) -> NDArrayFloat | None:
     return NDArrayFloat.from_numpy(np.stack([array.to_numpy() for array in arrays]))
 
 
-def _float_array(tensor: types_pb2.Tensor, field: str) -> NDArrayFloat:
+def float_array(tensor: types_pb2.Tensor, field: str) -> NDArrayFloat:
+    """Take an array out of its message.
+
+    Raises:
+        InvalidFieldError: If it is not floating-point, not finite, or its data do not fit its shape.
+    """
     if tensor.dtype not in _FLOAT_TYPES:
         name = types_pb2.DataType.Name(tensor.dtype) if tensor.dtype in types_pb2.DataType.values() else tensor.dtype
         raise InvalidFieldError.of(f"{field}.dtype", f"{name} is no floating-point type")
@@ -209,7 +233,7 @@ def segment_response(
         request_id=request_id,
         model=model,
         image=image_info(digest, result.header),
-        predictions=_predictions(output, mask_encoding),
+        predictions=predictions(output, mask_encoding),
         high_resolution_features=[tensor(t) for t in output.high_resolution_features or ()],
         timing=timing(result.times, total),
     )
@@ -236,7 +260,8 @@ def encode_image_response(
     return response
 
 
-def _predictions(output: SegmentationOutput, mask_encoding: int) -> Iterable[types_pb2.Prediction]:
+def predictions(output: SegmentationOutput, mask_encoding: int) -> Iterable[types_pb2.Prediction]:
+    """Put the masks of each prompt into a message."""
     if output.scores is None:
         return
     scores = output.scores.to_numpy()

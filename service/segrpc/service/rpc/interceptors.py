@@ -33,13 +33,16 @@ class Boundary(grpc.aio.ServerInterceptor):
 
     Messages reach it as bytes, because grpc answers UNKNOWN to bytes that it cannot parse; what handlers raise leaves
     it as a status of the table in `segrpc.service.rpc.status`.
+
+    Attributes:
+        draining: Set by `drain`; long calls look at it.
     """
 
     def __init__(self) -> None:
         self._active = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._draining = False
+        self.draining = asyncio.Event()
 
     async def drain(self, seconds: float) -> bool:
         """Refuse new calls of the segmentation and model services; wait for those in progress.
@@ -50,7 +53,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         Returns:
             Whether all have ended.
         """
-        self._draining = True
+        self.draining.set()
         try:
             async with asyncio.timeout(seconds):
                 await self._idle.wait()
@@ -76,7 +79,7 @@ class Boundary(grpc.aio.ServerInterceptor):
             wrapped = self._stream_unary(method, parse, handler.stream_unary)
             return handler._replace(request_deserializer=None, stream_unary=wrapped)  # type: ignore[attr-defined,no-any-return]
         if handler.unary_stream:
-            wrapped = self._to_stream(method, _parser(method, parse), handler.unary_stream)
+            wrapped = self._to_stream(method, lambda raw, _: _parser(method, parse)(raw), handler.unary_stream)
             return handler._replace(request_deserializer=None, unary_stream=wrapped)  # type: ignore[attr-defined,no-any-return]
         wrapped = self._to_stream(method, _stream_parser(method, parse), handler.stream_stream)
         return handler._replace(request_deserializer=None, stream_stream=wrapped)  # type: ignore[attr-defined,no-any-return]
@@ -94,25 +97,25 @@ class Boundary(grpc.aio.ServerInterceptor):
 
     def _stream_unary(self, method: str, parse: Any, behaviour: Any) -> Any:
         async def call(raw: AsyncIterator[bytes], context: Any) -> Any:
-            async with self._call(method, context):
-                return await behaviour(_stream_parser(method, parse)(raw), context)
+            async with self._call(method, context) as ids:
+                return await behaviour(_stream_parser(method, parse)(raw, ids), context)
 
         return call
 
-    def _to_stream(self, method: str, parse: Callable[[Any], Any], behaviour: Any) -> Any:
+    def _to_stream(self, method: str, parse: Callable[[Any, "_Ids"], Any], behaviour: Any) -> Any:
         """Wrap a handler that answers with a stream: an async generator, or a coroutine that writes."""
         if inspect.isasyncgenfunction(behaviour):
 
             async def generate(raw: Any, context: Any) -> AsyncIterator[Any]:
-                async with self._call(method, context):
-                    async for response in behaviour(parse(raw), context):
+                async with self._call(method, context) as ids:
+                    async for response in behaviour(parse(raw, ids), context):
                         yield response
 
             return generate
 
         async def call(raw: Any, context: Any) -> Any:
-            async with self._call(method, context):
-                return await behaviour(parse(raw), context)
+            async with self._call(method, context) as ids:
+                return await behaviour(parse(raw, ids), context)
 
         return call
 
@@ -147,7 +150,7 @@ class Boundary(grpc.aio.ServerInterceptor):
     def _begin(self) -> None:
         self._active += 1
         self._idle.clear()
-        if self._draining:
+        if self.draining.is_set():
             raise DrainingError("the server is shutting down; ask another, or this one later", retry_after=1.0)
 
     def _end(self) -> None:
@@ -163,7 +166,9 @@ class _Ids:
         self.request_id = ""
 
     def adopt(self, request: Any) -> None:
-        """Take the message's own id, or invent one and put it into the message."""
+        """Take the message's own id, or invent one and put it into the message. A stream's is in its config."""
+        if "config" in request.DESCRIPTOR.fields_by_name and request.HasField("config"):
+            request = request.config
         if "request_id" in request.DESCRIPTOR.fields_by_name:
             request.request_id = request.request_id or uuid.uuid4().hex
             self.request_id = request.request_id[:128]
@@ -179,12 +184,15 @@ def _parser(method: str, parse: Any) -> Callable[[bytes], Any]:
     return parsed
 
 
-def _stream_parser(method: str, parse: Any) -> Callable[[AsyncIterator[bytes]], AsyncIterator[Any]]:
+def _stream_parser(method: str, parse: Any) -> Callable[[AsyncIterator[bytes], _Ids], AsyncIterator[Any]]:
     parse_one = _parser(method, parse)
 
-    async def parsed(raw: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+    async def parsed(raw: AsyncIterator[bytes], ids: _Ids) -> AsyncIterator[Any]:
         async for message in raw:
-            yield parse_one(message)
+            request = parse_one(message)
+            if not ids.request_id:
+                ids.adopt(request)
+            yield request
 
     return parsed
 

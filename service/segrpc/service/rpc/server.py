@@ -14,7 +14,9 @@ from segrpc.service.images.sources import SourcePolicy
 from segrpc.service.images.store import ImageStore
 from segrpc.service.rpc.interceptors import Boundary
 from segrpc.service.rpc.servicer import ModelServicer, SegmentationServicer
+from segrpc.service.rpc.services import Services
 from segrpc.service.sessions.current_images import CurrentImages
+from segrpc.service.sessions.store import SessionLimits, SessionStore
 from segrpc.service.settings import Settings
 from segrpc.v1 import model_service_pb2, segmentation_service_pb2
 from segrpc.v1.model_service_pb2_grpc import add_ModelServiceServicer_to_server
@@ -49,6 +51,14 @@ class Server:
         self._settings = settings
         self._engine = engine
         self._boundary = Boundary()
+        self._sessions = SessionStore(
+            SessionLimits(
+                max_sessions=settings.max_open_sessions,
+                max_bytes=settings.session_bytes,
+                idle_seconds=settings.session_idle_seconds,
+                detached_seconds=settings.session_detached_seconds,
+            )
+        )
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             interceptors=[self._boundary],
@@ -99,11 +109,17 @@ class Server:
             allow_private_addresses=settings.allow_private_addresses,
             timeout=settings.fetch_timeout,
         )
-        images = ImageLibrary(ImageStore(settings.image_store_bytes), policy, image_limits(settings))
-        current_images = CurrentImages(settings.max_sessions, settings.session_idle_seconds)
-        segmentation = SegmentationServicer(self._engine, images, current_images, limits)
-        add_SegmentationServiceServicer_to_server(segmentation, self._server)
-        add_ModelServiceServicer_to_server(ModelServicer(self._engine, limits), self._server)
+        services = Services(
+            engine=self._engine,
+            images=ImageLibrary(ImageStore(settings.image_store_bytes), policy, image_limits(settings)),
+            current_images=CurrentImages(settings.max_sessions, settings.session_idle_seconds),
+            sessions=self._sessions,
+            limits=limits,
+            draining=self._boundary.draining,
+            drain_seconds=settings.drain_seconds,
+        )
+        add_SegmentationServiceServicer_to_server(SegmentationServicer(services), self._server)
+        add_ModelServiceServicer_to_server(ModelServicer(services), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if settings.reflection:
             self._add_reflection()
@@ -124,7 +140,8 @@ class Server:
     async def stop(self) -> None:
         """Tell health checkers, finish the calls in progress, close the port and unload the models."""
         await self._health.enter_graceful_shutdown()
-        if not await self._boundary.drain(self._settings.drain_seconds):
+        # Streams end by themselves when their time is over.
+        if not await self._boundary.drain(self._settings.drain_seconds + CLOSE_SECONDS):
             log.warning("calls were still in progress after %g s and are cut off", self._settings.drain_seconds)
         await self._server.stop(CLOSE_SECONDS)
         await self._engine.stop()

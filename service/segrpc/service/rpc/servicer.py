@@ -2,27 +2,25 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
-import grpc
-
-from segrpc.service.engine.base import CancelToken, EncodeJob, Engine, SegmentJob
+from segrpc.service.engine.base import CancelToken, EncodeJob, SegmentJob
 from segrpc.service.errors import (
+    CapabilityMissingError,
     ConfigNotFirstError,
     ImageNotFoundError,
     InvalidFieldError,
-    InvalidInputError,
-    ModelNotFoundError,
     NoPredictorStateError,
     SegrpcError,
-    Violation,
 )
-from segrpc.service.images.library import ImageLibrary, KnownImage
+from segrpc.service.images.library import KnownImage
 from segrpc.service.images.upload import Upload
 from segrpc.service.rpc import convert
-from segrpc.service.sessions.current_images import CurrentImages
-from segrpc.v1 import model_service_pb2, segmentation_service_pb2
+from segrpc.service.rpc.refine import RefineStream
+from segrpc.service.rpc.services import Services
+from segrpc.service.rpc.sources import find_image
+from segrpc.v1 import model_service_pb2, refine_pb2, segmentation_service_pb2
 from segrpc.v1.model_service_pb2_grpc import ModelServiceServicer
 from segrpc.v1.segmentation_service_pb2_grpc import SegmentationServiceServicer
 
@@ -33,26 +31,21 @@ class SegmentationServicer(SegmentationServiceServicer):
     """``segrpc.v1.SegmentationService``.
 
     Args:
-        engine: Runs the models.
-        images: Finds images.
-        current_images: Remembers the image of each ``session_id``.
-        limits: What requests must keep to.
+        services: What it needs of the server.
     """
 
-    def __init__(
-        self, engine: Engine, images: ImageLibrary, current_images: CurrentImages, limits: model_service_pb2.Limits
-    ) -> None:
-        self._engine = engine
-        self._images = images
-        self._current_images = current_images
-        self._limits = limits
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._engine = services.engine
+        self._images = services.images
+        self._limits = services.limits
 
     async def Segment(  # noqa: N802
         self, request: segmentation_service_pb2.SegmentRequest, context: Context
     ) -> segmentation_service_pb2.SegmentResponse:
         """Segment objects in one image."""
         start, token = time.perf_counter(), CancelToken(context.time_remaining())
-        model = _model_name(self._engine, request.model, "model")
+        model = convert.model_name(self._engine.models, request.model, "model")
         for field in ("request_id", "session_id"):
             convert.check_name(field, getattr(request, field))
         convert.check_prompt_limits(request, self._limits.max_prompts, self._limits.max_points)
@@ -78,10 +71,12 @@ class SegmentationServicer(SegmentationServiceServicer):
     ) -> segmentation_service_pb2.EncodeImageResponse:
         """Compute the embedding of an image ahead of the first click."""
         start, token = time.perf_counter(), CancelToken(context.time_remaining())
-        model = _model_name(self._engine, request.model, "model")
+        model = convert.model_name(self._engine.models, request.model, "model")
         convert.check_name("request_id", request.request_id)
         dtype = convert.tensor_dtype(request.tensor_dtype, "tensor_dtype")
-        image = await self._image(request)
+        if not next(served for served in self._engine.models if served.name == model).metadata.embeddings:
+            raise CapabilityMissingError(f"model {model!r} has no embeddings")
+        image = await find_image(self._images, request.image, "image")
         job = EncodeJob(model, image.digest, image.data, request.return_image_embedding, dtype)
         result = await self._engine.encode(job, token)
         return await asyncio.to_thread(
@@ -111,9 +106,11 @@ class SegmentationServicer(SegmentationServiceServicer):
         image = await asyncio.to_thread(self._keep, upload)
         return segmentation_service_pb2.UploadImageResponse(image=convert.image_info(image.digest, image.header))
 
-    async def Refine(self, requests: Any, context: Context) -> None:  # type: ignore[override]  # noqa: N802
-        """Refuse: sessions are not part of this version."""
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Refine is not part of this version; use Segment")
+    async def Refine(  # type: ignore[override]  # noqa: N802 - it writes to the context instead of yielding
+        self, requests: AsyncIterator[refine_pb2.RefineRequest], context: Context
+    ) -> None:
+        """Serve an interactive session."""
+        await RefineStream(self._services, requests, context).run()
 
     def _keep(self, upload: Upload) -> KnownImage:
         return self._images.from_data(upload.finish())
@@ -124,15 +121,15 @@ class SegmentationServicer(SegmentationServiceServicer):
         caller, session_id = str(context.peer()), request.session_id
         keep = request.HasField("reset_predictor") and not request.reset_predictor
         if not keep:
-            image = await self._image(request)
+            image = await find_image(self._images, request.image, "image")
             if session_id:
-                self._current_images.set(caller, session_id, image.digest)
+                self._services.current_images.set(caller, session_id, image.digest)
             return image
         if request.HasField("image"):
             raise InvalidFieldError.of("image", "must be unset when reset_predictor is false: the session's is used")
         if not session_id:
             raise NoPredictorStateError("reset_predictor is false, but no session_id says whose image to keep")
-        digest = self._current_images.get(caller, session_id)
+        digest = self._services.current_images.get(caller, session_id)
         try:
             return await asyncio.to_thread(self._images.from_digest, digest)
         except ImageNotFoundError:
@@ -140,38 +137,17 @@ class SegmentationServicer(SegmentationServiceServicer):
                 f"the image of session {session_id!r} had to make room: send it again, with reset_predictor true"
             ) from None
 
-    async def _image(
-        self, request: segmentation_service_pb2.SegmentRequest | segmentation_service_pb2.EncodeImageRequest
-    ) -> KnownImage:
-        """Find the image that a request names, and blame errors on the field that named it."""
-        image = request.image
-        source = image.WhichOneof("source")
-        if source is None:
-            raise InvalidFieldError.of("image", "is required: give data, uri or digest")
-        finders: dict[str, Callable[[Any], KnownImage]] = {
-            "data": self._images.from_data,
-            "uri": self._images.from_uri,
-            "digest": self._images.from_digest,
-        }
-        try:
-            return await asyncio.to_thread(finders[source], getattr(image, source))
-        except InvalidFieldError as error:
-            raise InvalidFieldError.of(f"image.{source}", error.violations[0].description) from None
-        except InvalidInputError as error:
-            raise type(error)(error.message, [Violation(f"image.{source}", error.message)]) from None
-
 
 class ModelServicer(ModelServiceServicer):
     """``segrpc.v1.ModelService``.
 
     Args:
-        engine: Knows the models.
-        limits: What requests must keep to.
+        services: What it needs of the server.
     """
 
-    def __init__(self, engine: Engine, limits: model_service_pb2.Limits) -> None:
-        self._engine = engine
-        self._limits = limits
+    def __init__(self, services: Services) -> None:
+        self._engine = services.engine
+        self._limits = services.limits
 
     async def ListModels(  # noqa: N802
         self, request: model_service_pb2.ListModelsRequest, context: Context
@@ -183,21 +159,8 @@ class ModelServicer(ModelServiceServicer):
         self, request: model_service_pb2.GetModelRequest, context: Context
     ) -> model_service_pb2.GetModelResponse:
         """Describe one model."""
-        name = _model_name(self._engine, request.name, "name")
+        name = convert.model_name(self._engine.models, request.name, "name")
         return model_service_pb2.GetModelResponse(model=next(m for m in self._models() if m.name == name))
 
     def _models(self) -> list[model_service_pb2.Model]:
         return [convert.model_message(m, i == 0, self._limits) for i, m in enumerate(self._engine.models)]
-
-
-def _model_name(engine: Engine, name: str, field: str) -> str:
-    """Return a model's name, or the default model's for an empty one.
-
-    Raises:
-        ModelNotFoundError: If it is not served.
-    """
-    names = [model.name for model in engine.models]
-    if name and name not in names:
-        convert.check_name(field, name)
-        raise ModelNotFoundError(f"{field}: no model {name!r} is served; served are: {', '.join(names)}")
-    return name or names[0]

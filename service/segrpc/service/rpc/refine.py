@@ -1,0 +1,286 @@
+"""The handler of Refine: one stream, and the session that it is attached to.
+
+Four tasks share the work: one reads messages, one computes rounds, one writes responses, one looks out for the
+server's shutdown. In ``grpc.aio`` a stream that was cancelled, that expired or whose connection broke looks to its
+reader like one that was half-closed. So only an explicit ``finish`` ends a session; every other end detaches it.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from segrpc.service.engine.base import CancelToken, EncodeJob, SegmentJob, SegmentResult, ServedModel
+from segrpc.service.errors import (
+    ChunkOffsetError,
+    ConfigNotFirstError,
+    DrainingError,
+    ExhaustedError,
+    InvalidFieldError,
+    SegrpcError,
+    UnavailableError,
+)
+from segrpc.service.images.library import KnownImage
+from segrpc.service.images.upload import Upload
+from segrpc.service.rpc import convert, refine_convert
+from segrpc.service.rpc.outbox import Outbox
+from segrpc.service.rpc.services import Services
+from segrpc.service.rpc.sources import find_image
+from segrpc.service.schemas import FloatType
+from segrpc.service.sessions.edits import Scene
+from segrpc.service.sessions.session import Event, ObjectResult, Plan, Rejection, Session
+from segrpc.service.sessions.store import Attachment
+from segrpc.v1 import refine_pb2, types_pb2
+
+MAX_PENDING = 256  # edits that wait to be computed; reading waits beyond that
+TRIES = 5  # of a round, while the worker or the queue is not available
+DEFAULT_RETRY_AFTER = 1.0  # seconds
+
+
+class RefineStream:
+    """One call of Refine.
+
+    Args:
+        services: What it needs of the server.
+        requests: The client's messages.
+        context: gRPC's context of the call.
+    """
+
+    def __init__(self, services: Services, requests: AsyncIterator[refine_pb2.RefineRequest], context: Any) -> None:
+        self._services = services
+        self._requests = requests
+        self._context = context
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # the session was taken away
+        self._wake = asyncio.Event()  # there may be something to compute, or to read
+        self._token = CancelToken()
+        self._input_over = False
+        self._finished = False
+
+    async def run(self) -> None:
+        """Serve the stream until its end.
+
+        Raises:
+            SegrpcError: If the protocol was broken, the session was taken away, or the server cannot go on.
+        """
+        config = await self._first()
+        attachment = await self._attach(config)
+        if attachment is None:
+            return  # the client left during its upload
+        try:
+            await self._serve(config, attachment)
+        finally:
+            if self._finished:
+                self._services.sessions.close(attachment)
+            else:
+                self._services.sessions.detach(attachment)
+
+    # Opening
+
+    async def _first(self) -> refine_pb2.RefineConfig:
+        async for request in self._requests:
+            if request.WhichOneof("payload") != "config":
+                break
+            return request.config
+        raise ConfigNotFirstError("the first message must be the config")
+
+    async def _attach(self, config: refine_pb2.RefineConfig) -> Attachment | None:
+        convert.check_name("config.request_id", config.request_id)
+        source = config.WhichOneof("source")
+        if source == "resume":
+            return self._resume(config)
+        model = self._model(config.model)
+        options = refine_convert.refine_options(config, model.name, model.metadata)
+        convert.tensor_dtype(config.output.tensor_dtype, "config.output.tensor_dtype")
+        if source == "image":
+            image: KnownImage | None = await find_image(self._services.images, config.image, "config.image")
+        elif source == "upload":
+            image = await self._receive_image(config.upload)
+        else:
+            raise InvalidFieldError.of("config", "must have an image, an upload or a session to resume")
+        if image is None:
+            return None
+        scene = Scene(image.header.width, image.header.height, model.name, model.metadata, self._max_points)
+        return self._services.sessions.open(image, scene, options, self._end)
+
+    @property
+    def _max_points(self) -> int:
+        return self._services.limits.max_points
+
+    def _model(self, name: str) -> ServedModel:
+        models = self._services.engine.models
+        wanted = convert.model_name(models, name, "config.model")
+        return next(model for model in models if model.name == wanted)
+
+    def _resume(self, config: refine_pb2.RefineConfig) -> Attachment:
+        resume, sessions = config.resume, self._services.sessions
+        attachment = sessions.resume(resume.session_id, resume.resume_token, self._end)
+        model = attachment.session.scene.model
+        if config.model not in ("", model):
+            sessions.detach(attachment)
+            raise InvalidFieldError.of("config.model", f"is {config.model!r}; the session works with {model!r}")
+        return attachment
+
+    def _end(self, reason: SegrpcError) -> None:
+        """Note that the session was taken away."""
+        if not self._ended.done():
+            self._ended.set_exception(reason)
+
+    async def _receive_image(self, header: refine_pb2.UploadHeader) -> KnownImage | None:
+        """Put the image together that follows in chunks; None if the stream ended before."""
+        limits = self._services.limits
+        try:
+            upload = Upload(header.size, header.digest, limits.max_image_bytes, limits.max_chunk_bytes)
+            while not upload.complete:
+                request = await anext(self._requests, None)
+                if request is None:
+                    return None
+                if request.WhichOneof("payload") != "image":
+                    raise ChunkOffsetError(f"the image is not complete: {upload.received} of {header.size} bytes")
+                upload.add(request.image.offset, request.image.data)
+                await self._context.write(refine_convert.upload_progress(upload.received))
+            return await asyncio.to_thread(lambda: self._services.images.from_data(upload.finish()))
+        except InvalidFieldError as error:
+            raise refine_convert.upload_terms(error) from None
+
+    # Serving
+
+    async def _serve(self, config: refine_pb2.RefineConfig, attachment: Attachment) -> None:
+        session, sessions = attachment.session, self._services.sessions
+        outbox = Outbox(keep_all=session.options.every_edit)
+        missed = session.resume(config.resume.last_revision) if attachment.resumed else []
+        outbox.put(refine_convert.opened(attachment, time.time() + sessions.idle_seconds))
+        for event in missed:
+            outbox.put(event)
+        # In this order of importance, if several fail at once.
+        tasks = [
+            asyncio.ensure_future(work)
+            for work in (
+                self._ended,
+                self._read(attachment, outbox),
+                self._compute(session, outbox),
+                self._write(config.output, outbox),
+                self._watch(session, outbox),
+            )
+        ]
+        writing = tasks[3]
+        warming = asyncio.create_task(self._warm(session))
+        try:
+            # The writer is the last to finish its work; all others end only by failing, or before it.
+            while not writing.done():
+                done, _ = await asyncio.wait(
+                    [task for task in tasks if not task.done()], return_when=asyncio.FIRST_COMPLETED
+                )
+                failed = [task for task in tasks if task in done and task.exception() is not None]
+                if failed:
+                    await failed[0]
+        finally:
+            await _cancel([*tasks, warming])
+
+    async def _read(self, attachment: Attachment, outbox: Outbox) -> None:
+        session = attachment.session
+        async for request in self._requests:
+            self._services.sessions.touch(attachment)
+            if self._take(request, session, outbox):
+                break
+            while session.pending >= MAX_PENDING:
+                self._wake.clear()
+                await self._wake.wait()
+        self._input_over = True
+        self._wake.set()
+
+    def _take(self, request: refine_pb2.RefineRequest, session: Session, outbox: Outbox) -> bool:
+        """Take a message; return whether it is the last."""
+        match request.WhichOneof("payload"):
+            case "edit":
+                if request.seq < 1:
+                    raise InvalidFieldError.of("seq", "is required for edits: 1 or more, rising from edit to edit")
+                rejection = session.receive(refine_convert.edit(request))
+                if rejection is not None:
+                    outbox.put(rejection)
+            case "cancel":
+                for cancelled in session.cancel_through(request.cancel.seq):
+                    outbox.put(cancelled)
+                    self._token.cancel()
+            case "finish":
+                self._finished = True
+            case "config":
+                raise ConfigNotFirstError("the config comes once, at the beginning")
+            case "image":
+                raise ChunkOffsetError("the image is complete, or was not announced in chunks")
+            case _:
+                raise InvalidFieldError.of("payload", "is required, and none is set that this version knows")
+        self._wake.set()
+        return self._finished
+
+    async def _compute(self, session: Session, outbox: Outbox) -> None:
+        while True:
+            await outbox.room()
+            start, plan = time.perf_counter(), session.plan()
+            if plan is None:
+                if self._input_over:
+                    break
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            for event in await self._outcome(session, plan, start):
+                outbox.put(event)
+            self._wake.set()
+        outbox.close()
+
+    async def _outcome(self, session: Session, plan: Plan, start: float) -> list[Event]:
+        """Compute what a plan needs, and make it the session's state, unless its edits were cancelled meanwhile."""
+        try:
+            result = await self._round(session, plan) if plan.input is not None else None
+        except UnavailableError:
+            raise
+        except SegrpcError as error:
+            return [] if plan.cancelled else session.reject(plan, error)
+        return [] if plan.cancelled else session.commit(plan, result, time.perf_counter() - start)
+
+    async def _round(self, session: Session, plan: Plan) -> SegmentResult | None:
+        """Ask the engine; ask again while the worker or the queue is not available."""
+        assert plan.input is not None  # the caller looked
+        job = SegmentJob(session.scene.model, session.image.digest, plan.input)
+        tries = 0
+        while not plan.cancelled:
+            self._token, tries = CancelToken(), tries + 1
+            try:
+                return await self._services.engine.segment(job, self._token)
+            except (ExhaustedError, UnavailableError) as error:
+                if tries == TRIES:
+                    raise
+                await asyncio.sleep(error.retry_after or DEFAULT_RETRY_AFTER)
+        return None
+
+    async def _write(self, output: types_pb2.OutputOptions, outbox: Outbox) -> None:
+        dtype: FloatType | None = None
+        if output.return_logits:
+            dtype = convert.tensor_dtype(output.tensor_dtype, "config.output.tensor_dtype")
+        while (item := await outbox.get()) is not None:
+            if isinstance(item, Rejection):
+                response = refine_convert.rejected(item)
+            elif isinstance(item, ObjectResult):
+                response = refine_convert.result(item, output.mask_encoding, dtype)
+            else:
+                response = item
+            await self._context.write(response)
+
+    async def _watch(self, session: Session, outbox: Outbox) -> None:
+        await self._services.draining.wait()
+        seconds = self._services.drain_seconds
+        outbox.put(refine_convert.draining(session.revision, session.applied_seq, time.time() + seconds))
+        await asyncio.sleep(seconds)
+        raise DrainingError("the server is shutting down; begin anew elsewhere", retry_after=1.0)
+
+    async def _warm(self, session: Session) -> None:
+        """Encode the image ahead of the first edit. If that fails, the first edit tells."""
+        job = EncodeJob(session.scene.model, session.image.digest, session.image.data)
+        with contextlib.suppress(SegrpcError):
+            await self._services.engine.encode(job, CancelToken())
+
+
+async def _cancel(tasks: list[asyncio.Future[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

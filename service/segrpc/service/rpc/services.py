@@ -1,0 +1,33 @@
+"""What handlers need of the server."""
+
+import asyncio
+from dataclasses import dataclass
+
+from segrpc.service.engine.base import Engine
+from segrpc.service.images.library import ImageLibrary
+from segrpc.service.sessions.current_images import CurrentImages
+from segrpc.service.sessions.store import SessionStore
+from segrpc.v1 import model_service_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What handlers need of the server.
+
+    Attributes:
+        engine: Runs the models.
+        images: Finds images.
+        current_images: Remembers the image of each ``session_id`` of stateless calls.
+        sessions: Holds interactive sessions.
+        limits: What requests must keep to.
+        draining: Set when the server begins to shut down.
+        drain_seconds: How long streams may go on after that.
+    """
+
+    engine: Engine
+    images: ImageLibrary
+    current_images: CurrentImages
+    sessions: SessionStore
+    limits: model_service_pb2.Limits
+    draining: asyncio.Event
+    drain_seconds: float

@@ -1,0 +1,36 @@
+"""Finding the image that a message names, and blaming errors on the field that named it."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from segrpc.service.errors import InvalidFieldError, InvalidInputError, Violation
+from segrpc.service.images.library import ImageLibrary, KnownImage
+from segrpc.v1 import types_pb2
+
+
+async def find_image(images: ImageLibrary, message: types_pb2.Image, field: str) -> KnownImage:
+    """Find an image by bytes, URI or digest, and keep it.
+
+    Args:
+        images: Finds images.
+        message: What names it.
+        field: The path of the message in the request.
+
+    Raises:
+        SegrpcError: If there is no such image; see `ImageLibrary`.
+    """
+    source = message.WhichOneof("source")
+    if source is None:
+        raise InvalidFieldError.of(field, "is required: give data, uri or digest")
+    finders: dict[str, Callable[[Any], KnownImage]] = {
+        "data": images.from_data,
+        "uri": images.from_uri,
+        "digest": images.from_digest,
+    }
+    try:
+        return await asyncio.to_thread(finders[source], getattr(message, source))
+    except InvalidFieldError as error:
+        raise InvalidFieldError.of(f"{field}.{source}", error.violations[0].description) from None
+    except InvalidInputError as error:
+        raise type(error)(error.message, [Violation(f"{field}.{source}", error.message)]) from None

@@ -1,0 +1,154 @@
+"""All sessions of a server: opening, resuming, fencing, expiry and budgets."""
+
+import hmac
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from segrpc.service.errors import OverloadedError, SegrpcError, SessionNotFoundError, SessionTakenError
+from segrpc.service.images.library import KnownImage
+from segrpc.service.sessions.edits import Scene
+from segrpc.service.sessions.session import MemoryBudget, RefineOptions, Session
+
+RETRY_AFTER = 5.0  # seconds: sessions end when people are done, not in milliseconds
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLimits:
+    """What sessions must keep to.
+
+    Attributes:
+        max_sessions: How many are held, attached or not.
+        max_bytes: What they may take together: images, logits and masks.
+        idle_seconds: How long an attached session is held without an edit.
+        detached_seconds: How long a detached session waits to be resumed.
+    """
+
+    max_sessions: int = 1024
+    max_bytes: int = 2 * 2**30
+    idle_seconds: float = 600.0
+    detached_seconds: float = 120.0
+
+
+@dataclass(eq=False, slots=True)
+class Attachment:
+    """A stream's hold on a session.
+
+    Attributes:
+        session: The session.
+        token: The secret that resumes it.
+        resumed: Whether it was held by another stream before.
+        end: Called with the reason when the session is taken away: resumed elsewhere, or expired.
+    """
+
+    session: Session
+    token: str = field(repr=False)
+    resumed: bool
+    end: Callable[[SegrpcError], None] = field(repr=False)
+
+
+@dataclass(slots=True)
+class _Held:
+    session: Session
+    token: str
+    attachment: Attachment | None
+    expires: float
+
+
+class SessionStore:
+    """Holds sessions; all methods belong to the event loop.
+
+    Args:
+        limits: What sessions must keep to.
+        clock: Gives the time in seconds, for tests.
+    """
+
+    def __init__(self, limits: SessionLimits, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limits = limits
+        self._clock = clock
+        self._budget = MemoryBudget(limits.max_bytes)
+        self._held: dict[str, _Held] = {}
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    @property
+    def nbytes(self) -> int:
+        """About how much memory the sessions take."""
+        return self._budget.used
+
+    @property
+    def idle_seconds(self) -> float:
+        """How long an attached session is held without an edit."""
+        return self._limits.idle_seconds
+
+    def open(
+        self, image: KnownImage, scene: Scene, options: RefineOptions, end: Callable[[SegrpcError], None]
+    ) -> Attachment:
+        """Make a session and attach a stream to it.
+
+        Raises:
+            OverloadedError: If there is no room for another one.
+        """
+        self.expire()
+        if len(self._held) >= self._limits.max_sessions:
+            raise OverloadedError(f"{len(self._held)} sessions are open already; try again", RETRY_AFTER)
+        if self._budget.full:
+            raise OverloadedError("the memory for sessions is full; try again", RETRY_AFTER)
+        session = Session(secrets.token_hex(16), image, scene, options, self._budget)
+        attachment = Attachment(session, secrets.token_urlsafe(32), False, end)
+        self._held[session.id] = _Held(session, attachment.token, attachment, self._clock() + self._limits.idle_seconds)
+        return attachment
+
+    def resume(self, session_id: str, token: str, end: Callable[[SegrpcError], None]) -> Attachment:
+        """Attach a stream to a session, and take it away from the stream that may still have it.
+
+        Raises:
+            SessionNotFoundError: If there is no such session (any more), or the token is not its.
+        """
+        self.expire()
+        held = self._held.get(session_id)
+        # A wrong token is answered like an unknown session: it tells nothing.
+        if held is None or not hmac.compare_digest(held.token.encode(), token.encode()):
+            raise SessionNotFoundError(
+                f"there is no session {session_id[:64]!r} that this token opens; it may have expired"
+            )
+        if held.attachment is not None:
+            held.attachment.end(SessionTakenError(f"session {session_id} was resumed on another stream"))
+        held.attachment = Attachment(held.session, held.token, True, end)
+        held.expires = self._clock() + self._limits.idle_seconds
+        return held.attachment
+
+    def touch(self, attachment: Attachment) -> None:
+        """Note that the client did something."""
+        held = self._held_by(attachment)
+        if held is not None:
+            held.expires = self._clock() + self._limits.idle_seconds
+
+    def detach(self, attachment: Attachment) -> None:
+        """Let a session wait for being resumed, unless another stream has it already."""
+        held = self._held_by(attachment)
+        if held is not None:
+            held.attachment, held.expires = None, self._clock() + self._limits.detached_seconds
+
+    def close(self, attachment: Attachment) -> None:
+        """End a session, unless another stream has it already."""
+        held = self._held_by(attachment)
+        if held is not None:
+            del self._held[held.session.id]
+            held.session.close()
+
+    def expire(self) -> None:
+        """End the sessions whose time is over."""
+        now = self._clock()
+        for held in [held for held in self._held.values() if held.expires <= now]:
+            del self._held[held.session.id]
+            held.session.close()
+            if held.attachment is not None:
+                text = f"the session expired after {self._limits.idle_seconds:g} s without an edit"
+                held.attachment.end(SessionNotFoundError(text))
+
+    def _held_by(self, attachment: Attachment) -> _Held | None:
+        held = self._held.get(attachment.session.id)
+        return held if held is not None and held.attachment is attachment else None
