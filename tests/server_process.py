@@ -1,9 +1,11 @@
 """A real server in a process of its own, on a free port of the loopback interface."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -55,6 +57,26 @@ class ServerProcess:
     def log_text(self) -> str:
         """What the server wrote to standard error so far."""
         return self._log.read_text("utf-8", errors="replace")
+
+    def stats(self) -> dict[str, Any]:
+        """What the server holds at the moment; see `segrpc.service.rpc.server.Server.stats`."""
+        assert self.process.stdout is not None
+        self.process.send_signal(signal.SIGUSR1)
+        found: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return found
+
+    def wait_for(self, settled: Callable[[dict[str, Any]], bool], seconds: float = 30.0) -> dict[str, Any]:
+        """Ask for the statistics until they are as expected; fails if they never are."""
+        deadline = time.monotonic() + seconds
+        while not settled(stats := self.stats()):
+            if time.monotonic() > deadline:
+                raise AssertionError(f"the server did not settle: {stats}\n{self.log_text()[-4000:]}")
+        return stats
+
+    def worker_pids(self) -> list[int]:
+        """The processes that the server started and that still run."""
+        children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        return sorted(int(pid) for file in children for pid in file.read_text("ascii").split())
 
     def resident_bytes(self) -> int:
         """The memory that the process holds."""

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import json
 import logging
 import signal
 import sys
@@ -51,7 +52,8 @@ def _parser() -> argparse.ArgumentParser:
         "serve",
         help="serve models",
         description="Serve models. Every option is also read from the environment (SEGRPC_LISTEN for --listen, and so "
-        "on; lists as JSON) and from the TOML file of --config (listen = ...); the command line wins.",
+        "on; lists as JSON) and from the TOML file of --config (listen = ...); the command line wins. SIGTERM ends the "
+        "calls in progress and stops; SIGUSR1 prints what is held at the moment as a line of JSON.",
     )
     serve.add_argument("--config", type=Path, metavar="FILE", help="TOML file with settings")
     _add_settings(serve)
@@ -105,6 +107,7 @@ async def _serve_until_told(settings: Settings) -> None:
     told = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, told.set)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, lambda: print(json.dumps(server.stats()), flush=True))
     names = ", ".join(model.name for model in engine.models)
     print(f"segrpc-server is serving {names} on {address}", flush=True)
     await told.wait()

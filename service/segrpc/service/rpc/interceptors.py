@@ -44,6 +44,11 @@ class Boundary(grpc.aio.ServerInterceptor):
         self._idle.set()
         self.draining = asyncio.Event()
 
+    @property
+    def active(self) -> int:
+        """How many calls of the segmentation and model services are in progress."""
+        return self._active
+
     async def drain(self, seconds: float) -> bool:
         """Refuse new calls of the segmentation and model services; wait for those in progress.
 

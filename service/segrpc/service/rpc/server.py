@@ -1,6 +1,9 @@
 """Putting a server together, from settings to an open port, and taking it apart."""
 
+import asyncio
 import logging
+from dataclasses import asdict
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -60,6 +63,7 @@ class Server:
             )
         )
         self._health = health.aio.HealthServicer()
+        self._sweeper: asyncio.Task[None] | None = None
         self._server = grpc.aio.server(
             interceptors=[self._boundary],
             options=[
@@ -90,6 +94,7 @@ class Server:
             await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._engine.start()
         await self._server.start()
+        self._sweeper = asyncio.create_task(self._sweep())
         for service in ("", *SERVICES, HEALTH):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         return f"{self._settings.listen.rpartition(':')[0]}:{port}"
@@ -137,6 +142,24 @@ class Server:
         handlers = {"ServerReflectionInfo": method}
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(REFLECTION_V1, handlers),))
 
+    async def _sweep(self) -> None:
+        """End the sessions whose time is over, soon after it is."""
+        shortest = min(self._settings.session_idle_seconds, self._settings.session_detached_seconds)
+        while True:
+            await asyncio.sleep(min(1.0, shortest / 4))
+            self._sessions.expire()
+
+    def stats(self) -> dict[str, Any]:
+        """Report what is held at the moment: numbers by name."""
+        return {
+            "calls": self._boundary.active,
+            "sessions": len(self._sessions),
+            "attached_sessions": self._sessions.attached,
+            "session_bytes": self._sessions.nbytes,
+            "tasks": len(asyncio.all_tasks()),
+            "engine": asdict(self._engine.stats()),
+        }
+
     async def stop(self) -> None:
         """Tell health checkers, finish the calls in progress, close the port and unload the models."""
         await self._health.enter_graceful_shutdown()
@@ -144,4 +167,6 @@ class Server:
         if not await self._boundary.drain(self._settings.drain_seconds + CLOSE_SECONDS):
             log.warning("calls were still in progress after %g s and are cut off", self._settings.drain_seconds)
         await self._server.stop(CLOSE_SECONDS)
+        if self._sweeper is not None:
+            self._sweeper.cancel()
         await self._engine.stop()

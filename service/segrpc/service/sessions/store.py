@@ -74,6 +74,11 @@ class SessionStore:
         return len(self._held)
 
     @property
+    def attached(self) -> int:
+        """How many sessions have a stream."""
+        return sum(held.attachment is not None for held in self._held.values())
+
+    @property
     def nbytes(self) -> int:
         """About how much memory the sessions take."""
         return self._budget.used
