@@ -3,6 +3,7 @@
 from segrpc.client.aio import AsyncSegmentationClient
 from segrpc.client.errors import (
     DeadlineExceededError,
+    EditRejectedError,
     FieldViolation,
     InvalidRequestError,
     NotFoundError,
@@ -11,11 +12,30 @@ from segrpc.client.errors import (
     PreconditionError,
     SegmentationError,
     ServerError,
+    SessionClosedError,
+    SessionTakenError,
     UnauthenticatedError,
     UnavailableError,
     UnimplementedError,
 )
 from segrpc.client.flow import EncodeOptions, SegmentOptions
+from segrpc.client.replay import Replay, ReplayedRound
+from segrpc.client.sessions.aio import AsyncRefineSession
+from segrpc.client.sessions.edits import (
+    AddPoints,
+    ClearBox,
+    Edit,
+    MovePoint,
+    Redo,
+    RemovePoint,
+    Reset,
+    SelectMask,
+    SetBox,
+    SetMask,
+    Undo,
+)
+from segrpc.client.sessions.sync import RefineSession
+from segrpc.client.sessions.types import RefineOptions, RefineResult, Round
 from segrpc.client.sync import SegmentationClient
 from segrpc.client.types import (
     Embedding,
@@ -30,8 +50,13 @@ from segrpc.client.types import (
 )
 
 __all__ = [
+    "AddPoints",
+    "AsyncRefineSession",
     "AsyncSegmentationClient",
+    "ClearBox",
     "DeadlineExceededError",
+    "Edit",
+    "EditRejectedError",
     "Embedding",
     "EncodeOptions",
     "EncodedImage",
@@ -41,18 +66,34 @@ __all__ = [
     "Limits",
     "Mask",
     "ModelInfo",
+    "MovePoint",
     "NotFoundError",
     "OverloadedError",
     "PermissionDeniedError",
     "PreconditionError",
     "Prediction",
+    "Redo",
+    "RefineOptions",
+    "RefineResult",
+    "RefineSession",
+    "RemovePoint",
+    "Replay",
+    "ReplayedRound",
+    "Reset",
+    "Round",
     "SegmentOptions",
     "SegmentationClient",
     "SegmentationError",
     "SegmentationResult",
+    "SelectMask",
     "ServerError",
+    "SessionClosedError",
+    "SessionTakenError",
+    "SetBox",
+    "SetMask",
     "Timing",
     "UnauthenticatedError",
     "UnavailableError",
+    "Undo",
     "UnimplementedError",
 ]

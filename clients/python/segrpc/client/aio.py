@@ -1,7 +1,7 @@
 """The asyncio client."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -9,10 +9,14 @@ import grpc
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from segrpc.client import flow
-from segrpc.client.channel import DEFAULT_TARGET, DEFAULT_TIMEOUT, channel_options
-from segrpc.client.codec import ImageLike
+from segrpc.client.channel import DEFAULT_TARGET, DEFAULT_TIMEOUT, RECONNECT_SECONDS, channel_options
+from segrpc.client.codec import ImageLike, load_image
 from segrpc.client.errors import error_from
 from segrpc.client.flow import EncodeOptions, Flow, SegmentOptions, SentImages
+from segrpc.client.replay import Replay, replay
+from segrpc.client.sessions.aio import AsyncRefineSession
+from segrpc.client.sessions.state import ExistingSession, NewSession, SessionState
+from segrpc.client.sessions.types import RefineOptions
 from segrpc.client.types import EncodedImage, ImageInfo, ModelInfo, SegmentationResult
 from segrpc.v1.model_service_pb2_grpc import ModelServiceStub
 from segrpc.v1.segmentation_service_pb2_grpc import SegmentationServiceStub
@@ -64,6 +68,39 @@ class AsyncSegmentationClient:
         """See `SegmentationClient.encode`."""
         return await self._run(flow.encode(image, self._sent, options), timeout)
 
+    def refine(
+        self,
+        image: ImageLike,
+        *,
+        timeout: float | None = None,
+        reconnect: float = RECONNECT_SECONDS,
+        **options: Unpack[RefineOptions],
+    ) -> AsyncRefineSession:
+        """See `SegmentationClient.refine`; for ``async with``."""
+        source = NewSession(load_image(image), self._sent)
+        return self._session(source, options, timeout, reconnect)
+
+    def resume(
+        self,
+        session_id: str,
+        resume_token: str,
+        *,
+        timeout: float | None = None,
+        reconnect: float = RECONNECT_SECONDS,
+    ) -> AsyncRefineSession:
+        """See `SegmentationClient.resume`; for ``async with``."""
+        return self._session(ExistingSession(session_id, resume_token), {}, timeout, reconnect)
+
+    async def replay(
+        self,
+        export: Mapping[str, Any],
+        image: ImageLike,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109
+    ) -> Replay:
+        """See `SegmentationClient.replay`."""
+        return await self._run(replay(export, image, self._sent), timeout)
+
     async def upload(self, image: ImageLike, *, timeout: float | None = None) -> ImageInfo:  # noqa: ASYNC109
         """See `SegmentationClient.upload`."""
         return await self._run(flow.upload(image, self._sent), timeout)
@@ -91,6 +128,16 @@ class AsyncSegmentationClient:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.close()
+
+    def _session(
+        self,
+        source: NewSession | ExistingSession,
+        options: RefineOptions,
+        timeout: float | None,
+        reconnect: float,
+    ) -> AsyncRefineSession:
+        seconds = self._timeout if timeout is None else timeout
+        return AsyncRefineSession(self._stubs["segmentation"].Refine, SessionState(source, options, reconnect), seconds)
 
     async def _run(self, steps: Flow[R], timeout: float | None) -> R:  # noqa: ASYNC109
         """Perform the calls of a flow; the timeout covers all of them."""

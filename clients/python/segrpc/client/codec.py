@@ -5,7 +5,7 @@ Mistakes that can be seen without a server raise ValueError or TypeError here; t
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -274,6 +274,22 @@ def mask_encoding(name: MaskEncoding) -> types_pb2.MaskEncoding.ValueType:
     return _ENCODINGS[name]
 
 
+def output_options(options: Mapping[str, Any]) -> types_pb2.OutputOptions:
+    """Put the options that say what to return into a message; those that are not given stay unset.
+
+    Raises:
+        ValueError: If there is no such tensor type or mask encoding.
+    """
+    return types_pb2.OutputOptions(
+        multimask_output=options.get("multimask_output"),
+        num_multimask_outputs=options.get("num_multimask_outputs"),
+        return_image_embedding=options.get("return_image_embedding", False),
+        return_logits=options.get("return_logits", False),
+        tensor_dtype=data_type(options.get("tensor_dtype", "float32")),
+        mask_encoding=mask_encoding(options.get("mask_encoding", "coco_rle")),
+    )
+
+
 # Answers
 
 
@@ -283,13 +299,10 @@ def segmentation_result(response: segmentation_service_pb2.SegmentResponse) -> S
     return SegmentationResult(
         model=response.model,
         image=image_info(response.image),
-        predictions=tuple(
-            Prediction(tuple(_mask(mask) for mask in prediction.masks), prediction.object_score)
-            for prediction in response.predictions
-        ),
+        predictions=tuple(map(prediction, response.predictions)),
         logits=None if logits is None else logits.astype(np.float32, copy=False),
         embedding=_embedding(response),
-        timing=_timing(response.timing),
+        timing=timing(response.timing),
         request_id=response.request_id,
     )
 
@@ -300,7 +313,7 @@ def encoded_image(response: segmentation_service_pb2.EncodeImageResponse) -> Enc
         model=response.model,
         image=image_info(response.image),
         embedding=_embedding(response),
-        timing=_timing(response.timing),
+        timing=timing(response.timing),
         request_id=response.request_id,
     )
 
@@ -308,6 +321,11 @@ def encoded_image(response: segmentation_service_pb2.EncodeImageResponse) -> Enc
 def image_info(message: types_pb2.ImageInfo) -> ImageInfo:
     """Take the description of an image out of its message."""
     return ImageInfo(message.digest, message.width, message.height, message.exif_orientation)
+
+
+def prediction(message: types_pb2.Prediction) -> Prediction:
+    """Take the answer to one prompt out of its message."""
+    return Prediction(tuple(map(_mask, message.masks)), message.object_score)
 
 
 def model_info(message: model_service_pb2.Model) -> ModelInfo:
@@ -364,7 +382,8 @@ def _embedding(
     return Embedding(tensor_array(response.image_embedding), features)
 
 
-def _timing(message: types_pb2.Timing) -> Timing:
+def timing(message: types_pb2.Timing) -> Timing:
+    """Take the times of a call out of their message."""
     stages = ("queue", "decode_image", "encode_image", "decode_mask", "postprocess", "total")
     seconds = {stage: getattr(message, stage).ToNanoseconds() / 1e9 for stage in stages}
     return Timing(**seconds, embedding_cached=message.embedding_cached)

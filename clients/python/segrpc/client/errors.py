@@ -12,9 +12,13 @@
     ├── UnavailableError         no server, or one that is shutting down
     ├── DeadlineExceededError    the timeout passed
     ├── UnimplementedError       the server does not know the method
+    ├── EditRejectedError        one edit of an interactive session was wrong, or cancelled; the session goes on
+    ├── SessionTakenError        the interactive session was resumed elsewhere
+    ├── SessionClosedError       the interactive session was finished or detached here
     └── ServerError              a bug of the server, or anything else
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,6 +27,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 ERROR_DOMAIN = "segrpc.v1"
+CANCELLED = "CANCELLED"  # EditRejected.reason after a cancel
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +134,32 @@ class UnimplementedError(SegmentationError):
     codes = (grpc.StatusCode.UNIMPLEMENTED,)
 
 
+class EditRejectedError(SegmentationError):
+    """An edit of an interactive session changed nothing: it was wrong, or cancelled. The session goes on.
+
+    Attributes:
+        seq: The number of the edit.
+    """
+
+    def __init__(self, seq: int, reason: str, message: str, violations: Sequence[FieldViolation] = ()) -> None:
+        code = grpc.StatusCode.CANCELLED if reason == CANCELLED else grpc.StatusCode.INVALID_ARGUMENT
+        super().__init__(message, code, _Details(reason=reason, violations=tuple(violations)))
+        self.seq = seq
+
+
+class SessionTakenError(SegmentationError):
+    """The interactive session was resumed elsewhere."""
+
+    codes = (grpc.StatusCode.ABORTED,)
+
+
+class SessionClosedError(SegmentationError):
+    """The interactive session was finished or detached here."""
+
+    def __init__(self, message: str = "the session was finished or detached") -> None:
+        super().__init__(message, grpc.StatusCode.CANCELLED)
+
+
 class ServerError(SegmentationError):
     """A bug of the server, or anything else."""
 
@@ -161,3 +192,8 @@ def _details_of(error: Any) -> _Details:
         retry_after=retry.retry_delay.ToTimedelta().total_seconds() if retry.HasField("retry_delay") else None,
         request_id=request.request_id,
     )
+
+
+def no_answer(seconds: float) -> DeadlineExceededError:
+    """Return the error of a wait that took too long."""
+    return DeadlineExceededError(f"no answer within {seconds:g} s", grpc.StatusCode.DEADLINE_EXCEEDED)

@@ -7,7 +7,7 @@ A flow yields a `Call`, is sent the response, and returns the result. A failed c
 import threading
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypedDict, TypeVar
 
@@ -125,6 +125,11 @@ def segment(image: ImageLike | None, sent: SentImages, options: SegmentOptions) 
     Raises:
         ValueError: If shapes or lengths do not fit, or there is no image and no session to take it from.
     """
+    return (yield from segment_file(None if image is None else codec.load_image(image), sent, options))
+
+
+def segment_file(file: EncodedFile | None, sent: SentImages, options: SegmentOptions) -> Flow[SegmentationResult]:
+    """Segment an image that is already loaded; otherwise as `segment`."""
     request = _segment_request(options)
 
     def send(message: types_pb2.Image | None) -> Call:
@@ -133,34 +138,31 @@ def segment(image: ImageLike | None, sent: SentImages, options: SegmentOptions) 
             request.image.CopyFrom(message)
         return Call("segmentation", "Segment", request)
 
-    if image is None:
+    if file is None:
         if options.get("reset_predictor", True):
             raise ValueError("image is None: give an image, or reset_predictor=False and a session_id")
         response = yield send(None)
     else:
-        response = yield from _with_image(codec.load_image(image), sent, send)
+        response = yield from _with_image(file, sent, send)
     return codec.segmentation_result(response)
 
 
-def _segment_request(options: SegmentOptions) -> segmentation_service_pb2.SegmentRequest:
-    unknown = options.keys() - SegmentOptions.__annotations__.keys()
+def refuse_unknown(options: Mapping[str, Any], kind: type[Any]) -> None:
+    """Raise TypeError if there are options that ``kind``, a TypedDict, does not have."""
+    unknown = options.keys() - kind.__annotations__.keys()
     if unknown:
         raise TypeError(f"unknown option: {', '.join(sorted(unknown))}")
-    output = types_pb2.OutputOptions(
-        multimask_output=options.get("multimask_output"),
-        num_multimask_outputs=options.get("num_multimask_outputs"),
-        return_image_embedding=options.get("return_image_embedding", False),
-        return_logits=options.get("return_logits", False),
-        tensor_dtype=codec.data_type(options.get("tensor_dtype", "float32")),
-        mask_encoding=codec.mask_encoding(options.get("mask_encoding", "coco_rle")),
-    )
+
+
+def _segment_request(options: SegmentOptions) -> segmentation_service_pb2.SegmentRequest:
+    refuse_unknown(options, SegmentOptions)
     request = segmentation_service_pb2.SegmentRequest(
         request_id=options.get("request_id") or uuid.uuid4().hex,
         model=options.get("model", ""),
         prompts=codec.prompt_messages(
             options.get("points"), options.get("labels"), options.get("boxes"), options.get("mask_input")
         ),
-        output=output,
+        output=codec.output_options(options),
         session_id=options.get("session_id", ""),
         reset_predictor=options.get("reset_predictor"),
     )
@@ -173,9 +175,7 @@ def _segment_request(options: SegmentOptions) -> segmentation_service_pb2.Segmen
 
 def encode(image: ImageLike, sent: SentImages, options: EncodeOptions) -> Flow[EncodedImage]:
     """Encode an image ahead of the first click."""
-    unknown = options.keys() - EncodeOptions.__annotations__.keys()
-    if unknown:
-        raise TypeError(f"unknown option: {', '.join(sorted(unknown))}")
+    refuse_unknown(options, EncodeOptions)
     request = segmentation_service_pb2.EncodeImageRequest(
         request_id=options.get("request_id") or uuid.uuid4().hex,
         model=options.get("model", ""),
@@ -251,8 +251,17 @@ def _upload_call(file: EncodedFile) -> Call:
 
 
 def _upload_messages(file: EncodedFile) -> Iterator[segmentation_service_pb2.UploadImageRequest]:
-    header = refine_pb2.UploadHeader(size=len(file.data), digest=file.digest)
-    yield segmentation_service_pb2.UploadImageRequest(header=header)
-    for offset in range(0, len(file.data), CHUNK_BYTES):
-        chunk = refine_pb2.ImageChunk(offset=offset, data=file.data[offset : offset + CHUNK_BYTES])
+    yield segmentation_service_pb2.UploadImageRequest(header=upload_header(file))
+    for chunk in image_chunks(file):
         yield segmentation_service_pb2.UploadImageRequest(chunk=chunk)
+
+
+def upload_header(file: EncodedFile) -> refine_pb2.UploadHeader:
+    """Announce an image that follows in chunks."""
+    return refine_pb2.UploadHeader(size=len(file.data), digest=file.digest)
+
+
+def image_chunks(file: EncodedFile) -> Iterator[refine_pb2.ImageChunk]:
+    """Cut an image into chunks, each made when it is asked for."""
+    for offset in range(0, len(file.data), CHUNK_BYTES):
+        yield refine_pb2.ImageChunk(offset=offset, data=file.data[offset : offset + CHUNK_BYTES])

@@ -1,7 +1,7 @@
 """The blocking client."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -9,10 +9,14 @@ import grpc
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from segrpc.client import flow
-from segrpc.client.channel import DEFAULT_TARGET, DEFAULT_TIMEOUT, channel_options
-from segrpc.client.codec import ImageLike
+from segrpc.client.channel import DEFAULT_TARGET, DEFAULT_TIMEOUT, RECONNECT_SECONDS, channel_options
+from segrpc.client.codec import ImageLike, load_image
 from segrpc.client.errors import error_from
 from segrpc.client.flow import EncodeOptions, Flow, SegmentOptions, SentImages
+from segrpc.client.replay import Replay, replay
+from segrpc.client.sessions.state import ExistingSession, NewSession, SessionState
+from segrpc.client.sessions.sync import RefineSession
+from segrpc.client.sessions.types import RefineOptions
 from segrpc.client.types import EncodedImage, ImageInfo, ModelInfo, SegmentationResult
 from segrpc.v1.model_service_pb2_grpc import ModelServiceStub
 from segrpc.v1.segmentation_service_pb2_grpc import SegmentationServiceStub
@@ -74,6 +78,56 @@ class SegmentationClient:
         """Encode an image ahead of the first click; with ``return_image_embedding`` return the embedding."""
         return self._run(flow.encode(image, self._sent, options), timeout)
 
+    def refine(
+        self,
+        image: ImageLike,
+        *,
+        timeout: float | None = None,
+        reconnect: float = RECONNECT_SECONDS,
+        **options: Unpack[RefineOptions],
+    ) -> RefineSession:
+        """Work on an image in an interactive session; for ``with``.
+
+        Args:
+            image: As for `segment`.
+            timeout: Seconds to wait for each answer. Default: the client's.
+            reconnect: Seconds to go on trying after the connection broke, before the session ends with the error.
+            options: See `RefineOptions`.
+
+        Raises:
+            OSError: If the image file cannot be read.
+            ValueError: If an option's value is unknown.
+        """
+        source = NewSession(load_image(image), self._sent)
+        return self._session(source, options, timeout, reconnect)
+
+    def resume(
+        self,
+        session_id: str,
+        resume_token: str,
+        *,
+        timeout: float | None = None,
+        reconnect: float = RECONNECT_SECONDS,
+    ) -> RefineSession:
+        """Take up a session that was detached, or is open elsewhere, where it then ends with `SessionTakenError`.
+
+        The newest results of all its objects arrive at once. For what else see `refine`.
+        """
+        return self._session(ExistingSession(session_id, resume_token), {}, timeout, reconnect)
+
+    def replay(self, export: Mapping[str, Any], image: ImageLike, *, timeout: float | None = None) -> Replay:
+        """Compute the rounds of an exported session again, and compare the masks; see `RefineSession.export`.
+
+        Args:
+            export: The export.
+            image: The image that it is about.
+            timeout: Seconds for all rounds.
+
+        Raises:
+            ValueError: If it is no export, or the image is of another size.
+        """
+        return self._run(replay(export, image, self._sent), timeout)
+
     def upload(self, image: ImageLike, *, timeout: float | None = None) -> ImageInfo:
         """Upload an image in chunks. `segment` and `encode` do this by themselves for large images."""
         return self._run(flow.upload(image, self._sent), timeout)
@@ -101,6 +155,16 @@ class SegmentationClient:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _session(
+        self,
+        source: NewSession | ExistingSession,
+        options: RefineOptions,
+        timeout: float | None,
+        reconnect: float,
+    ) -> RefineSession:
+        seconds = self._timeout if timeout is None else timeout
+        return RefineSession(self._stubs["segmentation"].Refine, SessionState(source, options, reconnect), seconds)
 
     def _run(self, steps: Flow[R], timeout: float | None) -> R:
         """Perform the calls of a flow; the timeout covers all of them."""
