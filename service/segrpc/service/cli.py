@@ -3,7 +3,6 @@
 import argparse
 import asyncio
 import json
-import logging
 import signal
 import sys
 import tomllib
@@ -14,7 +13,9 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 
-from segrpc.service.engine.inline import InlineEngine
+from segrpc.service.engine.base import EngineOptions
+from segrpc.service.engine.factory import create_engine
+from segrpc.service.engine.logs import configure_logging
 from segrpc.service.errors import SegrpcError
 from segrpc.service.models.sam2.catalog import VARIANTS
 from segrpc.service.rpc.server import Server, image_limits
@@ -90,18 +91,22 @@ def _serve(args: argparse.Namespace) -> int:
     prefix = "settings."
     given = {name.removeprefix(prefix): value for name, value in vars(args).items() if name.startswith(prefix)}
     settings = Settings.load(args.config, given)
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs whole URLs, which may hold secrets
+    configure_logging(settings.log_level.upper())
     asyncio.run(_serve_until_told(settings))
     return 0
 
 
 async def _serve_until_told(settings: Settings) -> None:
-    engine = InlineEngine(
-        settings.deployments(), image_limits(settings), settings.embedding_cache_bytes, settings.max_pending
+    options = EngineOptions(
+        models=settings.deployments(),
+        limits=image_limits(settings),
+        cache_bytes=settings.embedding_cache_bytes,
+        host_cache_bytes=settings.host_embedding_cache_bytes,
+        max_pending=settings.max_pending,
+        devices=settings.device_names(),
+        log_level=settings.log_level.upper(),
     )
+    engine = create_engine(settings.engine, options)
     server = Server(settings, engine)
     address = await server.start()
     told = asyncio.Event()

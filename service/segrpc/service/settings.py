@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BeforeValidator, ByteSize, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from segrpc.service.engine.factory import EngineKind
 from segrpc.service.images.policy import SourcePolicy
 from segrpc.service.models.sam2.catalog import VARIANTS, name_for_file
 from segrpc.service.schemas import FloatType, ModelDeploymentConfig
@@ -46,6 +47,11 @@ class Settings(BaseSettings):
     hub_id: str = Field("", description="repository of the Hugging Face hub to use instead of the published one")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: FloatType = Field("float32", description="float32, bfloat16 or float16: the precision of SAM 2")
+    devices: str = Field("", description="several devices, such as cuda:0,cuda:1: a worker process for each")
+    engine: EngineKind = Field(
+        "process",
+        description="process: models run in worker processes, restarted if they end; inline: in the server's own",
+    )
     threads: int = Field(0, ge=0, description="threads for computing on the CPU; 0: as torch chooses")
     models: Many[ModelDeploymentConfig] = Field(
         (), description="several models, as [[models]] tables of the TOML file with name, model and model_params"
@@ -60,7 +66,14 @@ class Settings(BaseSettings):
     max_message_bytes: ByteSize = Field(ByteSize(32 * MiB), gt=0, description="largest message that is received")
     max_pending: int = Field(64, gt=0, description="jobs that may run or wait; more are refused")
     image_store_bytes: ByteSize = Field(ByteSize(1 * GiB), gt=0, description="memory for images known by digest")
-    embedding_cache_bytes: ByteSize = Field(ByteSize(2 * GiB), gt=0, description="memory for embeddings")
+    embedding_cache_bytes: ByteSize = Field(
+        ByteSize(2 * GiB), gt=0, description="memory for embeddings on each device; the one used last is always kept"
+    )
+    host_embedding_cache_bytes: ByteSize = Field(
+        ByteSize(4 * GiB),
+        ge=0,
+        description="memory of the host for embeddings that a GPU has no room for; for each GPU",
+    )
     max_sessions: int = Field(10_000, gt=0, description="series of stateless calls whose current image is remembered")
     max_open_sessions: int = Field(1024, gt=0, description="interactive sessions, with a stream or waiting for one")
     session_bytes: ByteSize = Field(ByteSize(2 * GiB), gt=0, description="memory for interactive sessions")
@@ -90,6 +103,19 @@ class Settings(BaseSettings):
     def _check_allowed_host(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
         return SourcePolicy(allowed_hosts=hosts).allowed_hosts
 
+    @field_validator("devices")
+    @classmethod
+    def _check_devices(cls, devices: str) -> str:
+        if devices and not all(name.strip() for name in devices.split(",")):
+            raise ValueError(f"{devices!r} must be names separated by commas, such as cuda:0,cuda:1")
+        return devices
+
+    @model_validator(mode="after")
+    def _check_one_device(self) -> Self:
+        if self.devices and "device" in self.model_fields_set:
+            raise ValueError("give either device or devices")
+        return self
+
     @model_validator(mode="after")
     def _check_models(self) -> Self:
         if self.models and (self.model or self.checkpoint):
@@ -98,6 +124,10 @@ class Settings(BaseSettings):
         if len(set(names)) != len(names):
             raise ValueError("two [[models]] tables have the same name")
         return self
+
+    def device_names(self) -> tuple[str, ...]:
+        """Return the names of `devices`; empty if the models choose where to run."""
+        return tuple(name.strip() for name in self.devices.split(",")) if self.devices else ()
 
     def deployments(self) -> tuple[ModelDeploymentConfig, ...]:
         """Return what to serve, the default first: the [[models]] tables, or the one model of the plain options."""

@@ -2,16 +2,25 @@
 
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from segrpc.service.errors import DeadlineError
-from segrpc.service.images.decode import ImageHeader
-from segrpc.service.schemas import FloatType, ModelMetadata, NDArrayFloat, SegmentationInput, SegmentationOutput
+from segrpc.service.images.decode import DEFAULT_LIMITS, ImageHeader, ImageLimits
+from segrpc.service.schemas import (
+    FloatType,
+    ModelDeploymentConfig,
+    ModelMetadata,
+    NDArrayFloat,
+    SegmentationInput,
+    SegmentationOutput,
+)
 
 
 class CancelToken:
-    """Tells work in another thread that nobody waits for it any more. Checked between stages.
+    """Tells work elsewhere that nobody waits for it any more. Checked between stages; safe to use from any thread.
 
     Args:
         timeout: Seconds until the caller's deadline, or None if there is none.
@@ -19,18 +28,45 @@ class CancelToken:
 
     def __init__(self, timeout: float | None = None) -> None:
         self._deadline = None if timeout is None else time.monotonic() + timeout
-        self._cancelled = threading.Event()
+        self._cancelled = False
+        self._calls: list[Callable[[], object]] = []
+        self._lock = threading.Lock()
 
     def cancel(self) -> None:
         """Ask the work to stop before its next stage."""
-        self._cancelled.set()
+        with self._lock:
+            self._cancelled = True
+            calls, self._calls = self._calls, []
+        for call in calls:
+            call()
 
     def check(self) -> None:
         """Raise DeadlineError if the caller left or its deadline passed."""
-        if self._cancelled.is_set():
+        if self._cancelled:
             raise DeadlineError("the caller left before the work was done")
-        if self._deadline is not None and time.monotonic() > self._deadline:
+        if self._deadline is not None and time.monotonic() >= self._deadline:
             raise DeadlineError("the deadline passed before the work was done")
+
+    def remaining(self) -> float | None:
+        """Return the seconds until the deadline, at least 0, or None if there is none."""
+        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    def on_cancel(self, call: Callable[[], object]) -> Callable[[], None]:
+        """Have something called when the token is cancelled, by the thread that cancels it; at once if it is already.
+
+        Returns:
+            What takes that back; may be called any number of times.
+        """
+        with self._lock:
+            if not self._cancelled:
+                self._calls.append(call)
+                return lambda: self._forget(call)
+        call()
+        return lambda: None
+
+    def _forget(self, call: Callable[[], object]) -> None:
+        with self._lock, suppress(ValueError):
+            self._calls.remove(call)
 
 
 @dataclass(slots=True)
@@ -38,12 +74,13 @@ class StageTimes:
     """Where the time of a job went, in seconds. Stages that did not run are 0.
 
     Attributes:
-        queue: Waiting for the model.
+        queue: Waiting: for the model, for its worker process to start, for somebody else's encoding of the same image.
         decode_image: From file to pixels.
         encode_image: From pixels to embedding.
         decode_mask: From embedding and prompts to logits.
         postprocess: From logits to masks.
-        embedding_cached: Whether the embedding was at hand, from the cache or from the request.
+        embedding_cached: Whether the embedding was at hand, from the cache or from the request. False for a job that
+            waited for somebody else to encode its image; its ``encode_image`` is 0 all the same.
     """
 
     queue: float = 0.0
@@ -52,6 +89,14 @@ class StageTimes:
     decode_mask: float = 0.0
     postprocess: float = 0.0
     embedding_cached: bool = False
+
+    def add(self, other: "StageTimes") -> None:
+        """Add the times of another part of the same job; ``embedding_cached`` stays."""
+        self.queue += other.queue
+        self.decode_image += other.decode_image
+        self.encode_image += other.encode_image
+        self.decode_mask += other.decode_mask
+        self.postprocess += other.postprocess
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +108,14 @@ class SegmentJob:
         digest: The digest of the image.
         input: The input; ``image`` is the encoded file as bytes.
         tensor_dtype: The element type of returned tensors.
+        header: The image's size and orientation if the caller knows it; otherwise it is read when it is needed.
     """
 
     model: str
     digest: str
     input: SegmentationInput
     tensor_dtype: FloatType = "float32"
+    header: ImageHeader | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,25 +176,61 @@ class ServedModel:
     Attributes:
         name: The name that clients use.
         metadata: What it is and can do.
+        promptable: Whether it is a `PromptableModel`, so that images are encoded once for many prompts.
     """
 
     name: str
     metadata: ModelMetadata
+    promptable: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """What an engine holds at the moment.
+    """What an engine holds at the moment, and what it did so far.
 
     Attributes:
         pending: Jobs that run or wait.
-        cached_embeddings: Embeddings in the cache.
+        cached_embeddings: Embeddings on the devices.
         cached_bytes: Their size in bytes.
+        host_embeddings: Embeddings that were moved from the devices to the host's memory.
+        host_bytes: Their size in bytes.
+        encodes: Images encoded since the start.
+        worker_restarts: How often a worker process was started again.
+        worker_pids: The worker processes that are running; empty if the models run in this process.
     """
 
     pending: int
     cached_embeddings: int
     cached_bytes: int
+    host_embeddings: int = 0
+    host_bytes: int = 0
+    encodes: int = 0
+    worker_restarts: int = 0
+    worker_pids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What an engine runs, and how much of everything it may take.
+
+    Attributes:
+        models: The models; the first is the default. Each is loaded on every device.
+        limits: What images must keep to.
+        cache_bytes: The budget of the embeddings of all models on one device.
+        host_cache_bytes: The budget of what had to leave one device for the host's memory.
+        max_pending: How many jobs may run or wait; more are refused.
+        devices: Where to run, such as ``cuda:0``; each device gets its own share of the images. Empty: once, on the
+            device that the models choose themselves.
+        log_level: What worker processes log, as a level of `logging`.
+    """
+
+    models: tuple[ModelDeploymentConfig, ...]
+    limits: ImageLimits = DEFAULT_LIMITS
+    cache_bytes: int = 2 * 2**30
+    host_cache_bytes: int = 4 * 2**30
+    max_pending: int = 64
+    devices: tuple[str, ...] = ()
+    log_level: str = "WARNING"
 
 
 class Engine(Protocol):
@@ -170,12 +253,15 @@ class Engine(Protocol):
     async def segment(self, job: SegmentJob, token: CancelToken) -> SegmentResult:
         """Answer an input.
 
+        A caller that is cancelled, and a token that is cancelled or whose deadline passes, end the call at once and the
+        work before its next stage.
+
         Raises:
             SegrpcError: Of the kind that says what was wrong: see `segrpc.service.errors`.
         """
 
     async def encode(self, job: EncodeJob, token: CancelToken) -> EncodeResult:
-        """Encode an image and keep the embedding.
+        """Encode an image and keep the embedding. Every promptable model can; not all can return it.
 
         Raises:
             SegrpcError: As `segment`.

@@ -1,59 +1,157 @@
-"""Embeddings of images that were seen lately."""
+"""Embeddings of images that were seen lately, on the device and in the host's memory."""
 
 import threading
 from collections import OrderedDict
+from dataclasses import dataclass, replace
 
-from segrpc.service.models.base import Embedding
+from segrpc.service.engine.work import Holdings
+from segrpc.service.images.decode import ImageHeader
+from segrpc.service.models.base import Embedding, PromptableModel
 
 Key = tuple[str, str]  # model name, image digest: a served model has one precision
 
 
-class EmbeddingCache:
-    """A least-recently-used cache of embeddings with a budget in bytes; safe to use from several threads.
+@dataclass(frozen=True, slots=True)
+class CachedImage:
+    """An encoded image.
 
-    Args:
-        max_bytes: What the embeddings may take together. One that is larger by itself is not kept.
+    Attributes:
+        embedding: What the model made of it.
+        header: Its size and orientation.
     """
 
+    embedding: Embedding
+    header: ImageHeader
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    image: CachedImage
+    model: PromptableModel
+
+
+class _Tier:
+    """Entries from the least to the most recently used, and their size."""
+
     def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._embeddings: OrderedDict[Key, Embedding] = OrderedDict()
-        self._nbytes = 0
-        self._lock = threading.Lock()
+        self.max_bytes = max_bytes
+        self.entries: OrderedDict[Key, _Entry] = OrderedDict()
+        self.nbytes = 0
 
-    @property
-    def nbytes(self) -> int:
-        """What the embeddings take together, in bytes."""
-        return self._nbytes
+    def put(self, key: Key, entry: _Entry) -> None:
+        self.pop(key)
+        self.entries[key] = entry
+        self.nbytes += entry.image.embedding.nbytes
 
-    def __len__(self) -> int:
-        return len(self._embeddings)
-
-    def get(self, key: Key) -> Embedding | None:
-        """Return an embedding, or None if it is not at hand."""
-        with self._lock:
-            if key in self._embeddings:
-                self._embeddings.move_to_end(key)
-            return self._embeddings.get(key)
-
-    def put(self, key: Key, embedding: Embedding) -> None:
-        """Keep an embedding, and drop others if they no longer fit."""
-        with self._lock:
-            self._drop(key)
-            if embedding.nbytes > self._max_bytes:
-                return
-            self._embeddings[key] = embedding
-            self._nbytes += embedding.nbytes
-            while self._nbytes > self._max_bytes:
-                self._drop(next(iter(self._embeddings)))
+    def pop(self, key: Key) -> _Entry | None:
+        entry = self.entries.pop(key, None)
+        if entry is not None:
+            self.nbytes -= entry.image.embedding.nbytes
+        return entry
 
     def clear(self) -> None:
-        """Drop all."""
-        with self._lock:
-            self._embeddings.clear()
-            self._nbytes = 0
+        self.entries.clear()
+        self.nbytes = 0
 
-    def _drop(self, key: Key) -> None:
-        dropped = self._embeddings.pop(key, None)
-        if dropped is not None:
-            self._nbytes -= dropped.nbytes
+
+class EmbeddingCache:
+    """A least-recently-used cache of two tiers, each with a budget in bytes; safe to use from several threads.
+
+    What the device's tier has no room for goes to the host's tier, if the model can move it
+    (`PromptableModel.offload`); on a hit it comes back. What the host's tier has no room for is dropped.
+
+    Two kinds of embeddings stay on the device although they are above the budget: the one used last, so that any budget
+    works, and those that are pinned, because somebody who had them encoded is about to use them.
+
+    Args:
+        device_bytes: The budget of the embeddings on the device.
+        host_bytes: The budget of those that left it.
+    """
+
+    def __init__(self, device_bytes: int, host_bytes: int = 0) -> None:
+        self._device, self._host = _Tier(device_bytes), _Tier(host_bytes)
+        self._pins: dict[Key, int] = {}
+        # Also held while embeddings are moved: a few milliseconds, and a hit during a move would be a costly miss.
+        self._lock = threading.Lock()
+
+    def get(self, key: Key) -> CachedImage | None:
+        """Return an image, and count it as used; None if it is not at hand."""
+        with self._lock:
+            entry = self._device.entries.get(key)
+            if entry is not None:
+                self._device.entries.move_to_end(key)
+                return entry.image
+            moved = self._host.pop(key)
+            if moved is None:
+                return None
+            back = replace(moved.image, embedding=moved.model.restore(moved.image.embedding))
+            self._device.put(key, replace(moved, image=back))
+            self._make_room()
+            return back
+
+    def put(self, key: Key, image: CachedImage, model: PromptableModel, *, pin: bool = False) -> None:
+        """Keep an image that a model encoded.
+
+        Args:
+            key: Its key; an image that is there under it is replaced.
+            image: The image.
+            model: The model, which is asked to move it.
+            pin: Whether to keep it whatever the budget, until `release` is called as often as it was pinned.
+        """
+        with self._lock:
+            self._host.pop(key)
+            self._device.put(key, _Entry(image, model))
+            if pin:
+                self._pin(key)
+            self._make_room()
+
+    def pin(self, key: Key) -> CachedImage | None:
+        """Pin an image that is at hand; see `put`. Returns it, or None if it is not at hand."""
+        with self._lock:
+            self._pin(key)
+        image = self.get(key)
+        if image is None:
+            self.release(key)
+        return image
+
+    def release(self, key: Key) -> None:
+        """Take a pin back; nothing happens if there is none."""
+        with self._lock:
+            left = self._pins.pop(key, 0) - 1
+            if left > 0:
+                self._pins[key] = left
+            self._make_room()
+
+    def clear(self) -> None:
+        """Drop all, whether pinned or not, because memory is needed at once."""
+        with self._lock:
+            self._device.clear()
+            self._host.clear()
+
+    def holdings(self) -> Holdings:
+        """Report what is held."""
+        with self._lock:
+            device, host = self._device, self._host
+            return Holdings(len(device.entries), device.nbytes, len(host.entries), host.nbytes)
+
+    def _pin(self, key: Key) -> None:
+        self._pins[key] = self._pins.get(key, 0) + 1
+
+    def _make_room(self) -> None:
+        candidates = [key for key in list(self._device.entries)[:-1] if key not in self._pins]
+        for key in candidates:
+            if self._device.nbytes <= self._device.max_bytes:
+                return
+            entry = self._device.pop(key)
+            assert entry is not None
+            self._move_to_host(key, entry)
+
+    def _move_to_host(self, key: Key, entry: _Entry) -> None:
+        if entry.image.embedding.nbytes > self._host.max_bytes:
+            return
+        moved = entry.model.offload(entry.image.embedding)
+        if moved is None:
+            return
+        self._host.put(key, replace(entry, image=replace(entry.image, embedding=moved)))
+        while self._host.nbytes > self._host.max_bytes:
+            self._host.pop(next(iter(self._host.entries)))

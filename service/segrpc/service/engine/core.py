@@ -1,141 +1,239 @@
-"""One model and its embeddings: what happens to a job, stage by stage. No threads, no sockets."""
+"""The models of one device and their embeddings: what happens to a work, stage by stage. No asyncio, no sockets.
+
+A core is used by two threads: one encodes (`Core.encode`), the other decodes (`Core.decode`).
+"""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
-from segrpc.service.engine.base import (
-    CancelToken,
-    EncodeJob,
-    EncodeResult,
-    SegmentJob,
-    SegmentResult,
-    StageTimes,
+from segrpc.service.engine.base import CancelToken, EngineOptions, SegmentResult, ServedModel, StageTimes
+from segrpc.service.engine.cache import CachedImage, EmbeddingCache
+from segrpc.service.engine.work import (
+    DecodeWork,
+    EmbeddingMissing,
+    EncodedImage,
+    EncodeWork,
+    Holdings,
+    PredictWork,
+    Ticket,
+    TouchWork,
 )
-from segrpc.service.engine.cache import EmbeddingCache
-from segrpc.service.errors import CapabilityMissingError, InvalidFieldError, OutOfMemoryError
-from segrpc.service.images.decode import ImageHeader, ImageLimits, decode_image, read_header
+from segrpc.service.errors import OutOfMemoryError
+from segrpc.service.images.decode import ImageHeader, ImageLimits, decode_image
 from segrpc.service.models.base import (
-    Embedding,
+    Decoded,
+    DecodeRequest,
     PromptableModel,
     SegmentationModel,
     assemble_output,
     check_capabilities,
     decode_requests,
 )
-from segrpc.service.schemas import SegmentationInput, SegmentationOutput
+from segrpc.service.models.registry import create_model
+from segrpc.service.schemas import ModelDeploymentConfig, SegmentationInput, SegmentationOutput
 
 Stage = Literal["decode_image", "encode_image", "decode_mask", "postprocess"]
 
 T = TypeVar("T")
 
 
-class ModelCore:
-    """Runs jobs on one loaded model; called from one thread at a time.
+@dataclass(slots=True)
+class _Prepared:
+    """A work whose embedding is at hand and whose prompts were checked."""
+
+    ticket: Ticket
+    work: DecodeWork
+    model: PromptableModel
+    image: CachedImage
+    requests: list[DecodeRequest]
+    times: StageTimes = field(default_factory=StageTimes)
+
+
+class Core:
+    """Does the work of one device.
 
     Args:
-        name: The name that the model is served under.
-        model: The model, loaded.
-        cache: Where embeddings are kept; may be shared with other models.
-        limits: What images must keep to.
+        options: Which models, and what they may take.
+        device: Where they run, such as ``cuda:0``, for the models that can be told. Empty: where they choose.
     """
 
-    def __init__(self, name: str, model: SegmentationModel, cache: EmbeddingCache, limits: ImageLimits) -> None:
-        self._name = name
-        self._model = model
-        self._cache = cache
-        self._limits = limits
+    def __init__(self, options: EngineOptions, device: str = "") -> None:
+        self._limits: ImageLimits = options.limits
+        self._models = {config.name: _create(config, device) for config in options.models}
+        self._cache = EmbeddingCache(options.cache_bytes, options.host_cache_bytes)
 
-    def segment(self, job: SegmentJob, token: CancelToken) -> SegmentResult:
-        """Answer an input.
-
-        Raises:
-            SegrpcError: If the input is wrong, the model cannot do it, or the token says to stop.
-        """
-        return self._with_memory(lambda: self._segment(job, token))
-
-    def encode(self, job: EncodeJob, token: CancelToken) -> EncodeResult:
-        """Encode an image and keep the embedding.
+    def load(self) -> tuple[ServedModel, ...]:
+        """Load the models, one after the other.
 
         Raises:
-            SegrpcError: As `segment`.
+            ModelLoadError: If one cannot be loaded.
         """
-        return self._with_memory(lambda: self._encode(job, token))
+        for model in self._models.values():
+            model.load_model()
+        return tuple(
+            ServedModel(name, model.metadata, isinstance(model, PromptableModel))
+            for name, model in self._models.items()
+        )
 
-    def _segment(self, job: SegmentJob, token: CancelToken) -> SegmentResult:
+    def unload(self) -> None:
+        """Free what the models and the cache hold. The core is not used again afterwards."""
+        self._cache.clear()
+        for model in self._models.values():
+            model.unload()
+        self._models.clear()
+
+    @property
+    def batches(self) -> bool:
+        """Whether a model gains from prompts of several works at once."""
+        return any(isinstance(model, PromptableModel) and model.batches for model in self._models.values())
+
+    def holdings(self) -> Holdings:
+        """Report what the cache holds."""
+        return self._cache.holdings()
+
+    def release(self, model: str, digest: str) -> None:
+        """Let an embedding go that an `EncodeWork` had kept."""
+        self._cache.release((model, digest))
+
+    def encode(self, tickets: Sequence[Ticket]) -> None:
+        """Do works of the encode lane, one by one: `EncodeWork` and `PredictWork`."""
+        for ticket in tickets:
+            work, token = ticket.work, ticket.token
+            try:
+                token.check()
+                if isinstance(work, EncodeWork):
+                    ticket.settle(self._encode(work, token))
+                elif isinstance(work, PredictWork):
+                    ticket.settle(self._predict(work))
+                else:
+                    raise TypeError(f"{type(work).__name__} is no work of this lane")
+            except Exception as error:  # noqa: BLE001 - whatever went wrong is for whoever waits
+                ticket.settle(error)
+
+    def decode(self, tickets: Sequence[Ticket]) -> None:
+        """Do works of the decode lane: `TouchWork` and `DecodeWork`.
+
+        Prompts of several works go to a model together if it `batches`; otherwise one work follows the other.
+        """
+        together: dict[str, list[_Prepared]] = {}
+        for ticket in tickets:
+            try:
+                ticket.token.check()
+                if isinstance(ticket.work, TouchWork):
+                    image = self._cached(ticket.work.model, ticket.work.digest)
+                    ticket.settle(EncodedImage(image.header, StageTimes()))
+                    continue
+                prepared = self._prepare(ticket)
+            except Exception as error:  # noqa: BLE001
+                ticket.settle(error)
+                continue
+            if prepared.model.batches:
+                together.setdefault(prepared.work.model, []).append(prepared)
+            else:
+                self._decode([prepared])
+        for group in together.values():
+            self._decode(group)
+
+    def _encode(self, work: EncodeWork, token: CancelToken) -> EncodedImage:
         times = StageTimes()
-        image = _image_of(job.input)
-        check_capabilities(job.input, self._model.metadata, self._name)
-        # The size is in the header: wrong coordinates are found before the costly stages.
-        header = read_header(image, self._limits)
-        violations = tuple(job.input.violations_in(header.width, header.height))
-        if violations:
-            raise InvalidFieldError.of_all(violations)
-        if isinstance(self._model, PromptableModel):
-            output = self._prompt(self._model, job, image, header, times, token)
-        else:
-            token.check()
-            with _timed(times, "decode_mask"):
-                output = self._model.predict(job.input)
-        _check_output(output, job.input, header, self._name)
-        return SegmentResult(output, header, times)
-
-    def _prompt(
-        self,
-        model: PromptableModel,
-        job: SegmentJob,
-        image: bytes,
-        header: ImageHeader,
-        times: StageTimes,
-        token: CancelToken,
-    ) -> SegmentationOutput:
-        given, features = job.input.image_embedding, job.input.high_resolution_features
-        if given is not None and features is not None:
-            embedding = model.import_embedding(given, features, header.width, header.height)
-            times.embedding_cached = True
-        else:
-            embedding = self._embed(model, job.digest, image, times, token)
-        requests = decode_requests(job.input, embedding, model.metadata, self._name)
-        token.check()
-        with _timed(times, "decode_mask"):
-            decoded = model.decode(requests)
-        token.check()
-        with _timed(times, "postprocess"):
-            masks = [model.to_masks(one, header.width, header.height) for one in decoded]
-            return assemble_output(model, job.input, embedding, decoded, masks, job.tensor_dtype)
-
-    def _encode(self, job: EncodeJob, token: CancelToken) -> EncodeResult:
-        model = self._model
-        if not isinstance(model, PromptableModel) or not model.metadata.embeddings:
-            raise CapabilityMissingError(f"model {self._name!r} has no embeddings")
-        times = StageTimes()
-        header = read_header(job.image, self._limits)
-        embedding = self._embed(model, job.digest, job.image, times, token)
-        if not job.return_embedding:
-            return EncodeResult(None, [], header, times)
-        with _timed(times, "postprocess"):
-            image_embedding, features = model.export_embedding(embedding, job.tensor_dtype)
-        return EncodeResult(image_embedding, features, header, times)
-
-    def _embed(
-        self, model: PromptableModel, digest: str, image: bytes, times: StageTimes, token: CancelToken
-    ) -> Embedding:
-        key = (self._name, digest)
-        cached = self._cache.get(key)
+        model = self._promptable(work.model)
+        key = (work.model, work.digest)
+        # Another image of the same digest may have come first: after a restart, or when its first reader gave up.
+        cached = self._cache.pin(key)
         if cached is not None:
-            times.embedding_cached = True
-            return cached
-        token.check()
+            return EncodedImage(cached.header, times)
         with _timed(times, "decode_image"):
-            pixels = decode_image(image, self._limits).pixels
+            decoded = decode_image(work.image, self._limits)
         token.check()
         with _timed(times, "encode_image"):
-            embedding = model.embed(pixels)
-        self._cache.put(key, embedding)
-        return embedding
+            embedding = self._with_memory(work.model, lambda: model.embed(decoded.pixels))
+        header = ImageHeader(decoded.width, decoded.height, decoded.exif_orientation)
+        self._cache.put(key, CachedImage(embedding, header), model, pin=True)
+        return EncodedImage(header, times)
 
-    def _with_memory(self, work: Callable[[], T]) -> T:
+    def _predict(self, work: PredictWork) -> SegmentResult:
+        times = StageTimes()
+        model = self._models[work.model]
+        given = work.input.model_copy(update={"image": work.image})
+        with _timed(times, "decode_mask"):
+            output = self._with_memory(work.model, lambda: model.predict(given))
+        _check_output(output, given, work.header, work.model)
+        return SegmentResult(output, work.header, times)
+
+    def _prepare(self, ticket: Ticket) -> _Prepared:
+        work = ticket.work
+        if not isinstance(work, DecodeWork):
+            raise TypeError(f"{type(work).__name__} is no work of this lane")
+        model = self._promptable(work.model)
+        check_capabilities(work.input, model.metadata, work.model)
+        image = self._given(model, work) or self._cached(work.model, work.digest)
+        return _Prepared(
+            ticket, work, model, image, decode_requests(work.input, image.embedding, model.metadata, work.model)
+        )
+
+    def _given(self, model: PromptableModel, work: DecodeWork) -> CachedImage | None:
+        embedding, features, header = work.input.image_embedding, work.input.high_resolution_features, work.header
+        if embedding is None or features is None or header is None:
+            return None
+        imported = self._with_memory(
+            work.model, lambda: model.import_embedding(embedding, features, header.width, header.height)
+        )
+        return CachedImage(imported, header)
+
+    def _cached(self, model: str, digest: str) -> CachedImage:
+        image = self._cache.get((model, digest))
+        if image is None:
+            raise EmbeddingMissing
+        return image
+
+    def _decode(self, group: Sequence[_Prepared]) -> None:
+        """Decode works on one model together, then finish them one by one."""
+        model, name = group[0].model, group[0].work.model
+        requests = [request for one in group for request in one.requests]
+        start = time.perf_counter()
+        try:
+            decoded = self._with_memory(name, lambda: model.decode(requests)) if requests else []
+        except Exception as error:  # noqa: BLE001
+            if len(group) == 1:
+                group[0].ticket.settle(error)
+                return
+            # One of them may be to blame, or they are too many together.
+            for one in group:
+                self._decode([one])
+            return
+        spent = time.perf_counter() - start
+        rest = iter(decoded)
+        for one in group:
+            one.times.decode_mask = spent
+            own = [next(rest) for _ in one.requests]
+            try:
+                one.ticket.settle(self._finish(one, own))
+            except Exception as error:  # noqa: BLE001
+                one.ticket.settle(error)
+
+    def _finish(self, one: _Prepared, decoded: Sequence[Decoded]) -> SegmentResult:
+        one.ticket.token.check()
+        model, work, header = one.model, one.work, one.image.header
+
+        def finish() -> SegmentationOutput:
+            masks = [model.to_masks(each, header.width, header.height) for each in decoded]
+            return assemble_output(model, work.input, one.image.embedding, decoded, masks, work.tensor_dtype)
+
+        with _timed(one.times, "postprocess"):
+            output = self._with_memory(work.model, finish)
+        _check_output(output, work.input, header, work.model)
+        return SegmentResult(output, header, one.times)
+
+    def _promptable(self, name: str) -> PromptableModel:
+        model = self._models[name]
+        if not isinstance(model, PromptableModel):
+            raise TypeError(f"model {name!r} has no separate encoding")
+        return model
+
+    def _with_memory(self, model: str, work: Callable[[], T]) -> T:
         """Run work; when memory runs out, empty the cache and try once more."""
         try:
             return work()
@@ -144,9 +242,7 @@ class ModelCore:
         try:
             return work()
         except MemoryError as error:
-            raise OutOfMemoryError(
-                f"no memory left for model {self._name!r}; send smaller or fewer requests"
-            ) from error
+            raise OutOfMemoryError(f"no memory left for model {model!r}; send smaller or fewer requests") from error
 
 
 @contextmanager
@@ -158,10 +254,11 @@ def _timed(times: StageTimes, stage: Stage) -> Iterator[None]:
         setattr(times, stage, getattr(times, stage) + time.perf_counter() - start)
 
 
-def _image_of(input: SegmentationInput) -> bytes:  # noqa: A002
-    if not isinstance(input.image, bytes):
-        raise TypeError("a job's image must be the encoded file as bytes")
-    return input.image
+def _create(config: ModelDeploymentConfig, device: str) -> SegmentationModel:
+    model = create_model(config)
+    if device and model.takes_device:
+        return create_model(config.model_copy(update={"model_params": {**config.model_params, "device": device}}))
+    return model
 
 
 def _check_output(output: SegmentationOutput, input: SegmentationInput, header: ImageHeader, model: str) -> None:  # noqa: A002

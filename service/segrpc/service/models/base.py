@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,11 +27,16 @@ LOGIT_LIMIT = 32.0  # returned logits are clamped to [-32, 32], as the reference
 
 
 class InferenceModel(ABC):
-    """A model that is loaded once and then asked many times, from one thread at a time.
+    """A model that is loaded once and then asked many times, from one thread at a time (but see `PromptableModel`).
+
+    The thread that loads it need not be the one that asks it.
 
     Args:
         config: How it was configured to be served.
     """
+
+    # Whether model_params may have a `device`, which the service then sets to run the model on several devices.
+    takes_device: ClassVar[bool] = False
 
     def __init__(self, config: ModelDeploymentConfig) -> None:
         self._config = config
@@ -155,11 +160,20 @@ class PromptableModel(SegmentationModel):
     """A segmentation model in two steps: encode an image once, decode prompts on it many times.
 
     No state is shared between calls: an `Embedding` is a value that the caller keeps.
+
+    The service calls it from two threads, so that a click never waits for somebody's encoding: `embed` runs in one,
+    `decode`, `to_masks` and the import and export of embeddings in the other, at the same time; `offload` and `restore`
+    run in either. What they share must not be written after `load_model`.
     """
 
     # What paths and URLs a direct call of `predict` may read. The service resolves them before it calls the model.
     source_policy = SourcePolicy()
     image_limits = ImageLimits()
+
+    @property
+    def batches(self) -> bool:
+        """Whether it gains from many requests at once: then `decode` gets those of several callers together."""
+        return False
 
     @abstractmethod
     def embed(self, image: RGBImage) -> Embedding:
@@ -195,6 +209,18 @@ class PromptableModel(SegmentationModel):
             EmbeddingMismatchError: If they are not of this model.
         """
         raise CapabilityMissingError(f"model {self.config.name!r} does not take embeddings")
+
+    def offload(self, embedding: Embedding) -> Embedding | None:
+        """Copy an embedding from a device to the host's memory, to make room for others.
+
+        Returns:
+            What only `restore` understands; None, the default, if embeddings are in the host's memory anyway.
+        """
+        return None
+
+    def restore(self, embedding: Embedding) -> Embedding:
+        """Bring an embedding back that `offload` copied."""
+        return embedding
 
     def predict(self, input: SegmentationInput) -> SegmentationOutput:  # noqa: A002
         """Encode and decode in one go. See `SegmentationModel.predict`; ``image`` may also be a path, URL or base64."""

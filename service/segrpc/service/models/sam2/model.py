@@ -5,11 +5,10 @@ on a CPU logits and masks are bit-identical. What differs: the encoded image is 
 state, there is no torchvision, and the object score is kept.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -37,7 +36,7 @@ _PARAMS: dict[str, tuple[type, ...]] = {
     "threads": (int,),
 }
 
-T = TypeVar("T")
+_MAX_BATCH = 16  # prompts in one call of the network: their feature maps take 17 MB each in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,12 @@ class Sam2(PromptableModel):
         threads: Threads for computing on the CPU; sets them for the whole process. Default: as torch chooses.
     """
 
+    takes_device = True
+
     _model: SAM2Base
+    # Work of the two threads that the service uses runs on streams of their own; None on a CPU.
+    _encode_stream: torch.cuda.Stream | None = None
+    _decode_stream: torch.cuda.Stream | None = None
 
     def __init__(self, config: ModelDeploymentConfig) -> None:
         super().__init__(config)
@@ -113,6 +117,10 @@ class Sam2(PromptableModel):
         self._model = build_model(state, config, self._device, f"checkpoint {str(file)!r}")
         self._mean = torch.tensor(_MEAN, device=self._device)[:, None, None]
         self._std = torch.tensor(_STD, device=self._device)[:, None, None]
+        if self._device.type == "cuda":
+            self._encode_stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            self._decode_stream = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize(self._device)  # the weights came over another stream
 
     def _checkpoint(self) -> Path:
         params = self.config.model_params
@@ -136,7 +144,7 @@ class Sam2(PromptableModel):
 
     def embed(self, image: RGBImage) -> Embedding:
         """Encode an image ``[height, width, 3]``; see ``SAM2ImagePredictor.set_image``."""
-        with self._computing():
+        with self._computing(self._encode_stream):
             outputs = self._model.forward_image(self._preprocess(image))
             _, features, _, sizes = self._model._prepare_backbone_features(outputs)
             if self._model.directly_add_no_mem_embed:
@@ -158,53 +166,75 @@ class Sam2(PromptableModel):
         nbytes = sum(m.numel() * m.element_size() for m in maps)
         return Embedding(width, height, _Features(coarse, (fine, medium)), nbytes)
 
+    @property
+    def batches(self) -> bool:
+        """On a GPU, where one prompt alone leaves most of it idle."""
+        return self._device.type == "cuda"
+
     def decode(self, requests: Sequence[DecodeRequest]) -> list[Decoded]:
-        """Decode prompts one by one; see ``SAM2ImagePredictor.predict``.
+        """Decode prompts; see ``SAM2ImagePredictor.predict``.
 
-        Not as one batch: that changes logits in the last bits, and ragged prompts must never be padded.
+        On a CPU one by one: batches change logits in the last bits and are no faster. On a GPU those of equal shape
+        together; prompts are never padded.
         """
-        with self._computing():
-            return [self._decode(request) for request in requests]
+        with self._computing(self._decode_stream):
+            if not self.batches:
+                return [self._decode([request])[0] for request in requests]
+            return self._decode_in_groups(requests)
 
-    def _decode(self, request: DecodeRequest) -> Decoded:
-        features: _Features = request.embedding.features
+    def _decode_in_groups(self, requests: Sequence[DecodeRequest]) -> list[Decoded]:
+        groups: dict[tuple[int, bool, int], list[int]] = {}
+        for i, request in enumerate(requests):
+            tokens = len(request.points) + (0 if request.box is None else 2)
+            groups.setdefault((tokens, request.mask_input is None, request.num_masks), []).append(i)
+        found: dict[int, Decoded] = {}
+        for members in groups.values():
+            for start in range(0, len(members), _MAX_BATCH):
+                batch = members[start : start + _MAX_BATCH]
+                found.update(zip(batch, self._decode([requests[i] for i in batch]), strict=True))
+        return [found[i] for i in range(len(requests))]
+
+    def _decode(self, requests: Sequence[DecodeRequest]) -> list[Decoded]:
+        """Decode requests of equal shape in one call of the network."""
+        features: list[_Features] = [request.embedding.features for request in requests]
         encoder, decoder = self._model.sam_prompt_encoder, self._model.sam_mask_decoder
-        mask = None
-        if request.mask_input is not None:
-            mask = torch.tensor(request.mask_input, device=self._device)[None]
-        sparse, dense = encoder(points=self._tokens(request), boxes=None, masks=mask)
-        logits, scores, _, object_score = decoder(
-            image_embeddings=features.image_embed,
+        given = [request.mask_input for request in requests if request.mask_input is not None]
+        masks = torch.tensor(np.stack(given), device=self._device) if given else None
+        sparse, dense = encoder(points=self._tokens(requests), boxes=None, masks=masks)
+        logits, scores, _, object_scores = decoder(
+            image_embeddings=_stack([f.image_embed for f in features]),
             image_pe=encoder.get_dense_pe(),
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,
-            multimask_output=request.num_masks > 1,
+            multimask_output=requests[0].num_masks > 1,
             repeat_image=False,
-            high_res_features=list(features.high_res),
+            high_res_features=[_stack([f.high_res[level] for f in features]) for level in range(2)],
         )
-        return Decoded(
-            logits=logits[0].float().cpu().numpy(),
-            scores=scores[0].float().cpu().numpy(),
-            object_score=float(object_score[0, 0]),
+        results = zip(
+            logits.float().cpu().numpy(),
+            scores.float().cpu().numpy(),
+            object_scores[:, 0].float().cpu().numpy(),
+            strict=True,
         )
+        return [Decoded(logits, scores, float(object_score)) for logits, scores, object_score in results]
 
-    def _tokens(self, request: DecodeRequest) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return coordinates ``[1, n, 2]`` in the model's frame and labels ``[1, n]``: the box's corners come first."""
-        coordinates = request.points
-        labels = request.labels
-        if request.box is not None:
-            coordinates = np.concatenate([request.box.reshape(2, 2), coordinates])
-            labels = np.concatenate([np.array([2, 3], dtype=np.int32), labels])
-        if not len(labels):
+    def _tokens(self, requests: Sequence[DecodeRequest]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return coordinates ``[b, n, 2]`` in the model's frame and labels ``[b, n]``: the box's corners come first."""
+        coordinates, labels, sizes = [], [], []
+        for request in requests:
+            corners = np.zeros((0, 2), np.float32) if request.box is None else request.box.reshape(2, 2)
+            coordinates.append(np.concatenate([corners, request.points]))
+            labels.append(np.concatenate([np.array([2, 3][: len(corners)], dtype=np.int32), request.labels]))
+            sizes.append((request.embedding.width, request.embedding.height))
+        if not labels[0].size:
             return None
-        xy = torch.tensor(coordinates, device=self._device)[None]
-        xy[..., 0] = xy[..., 0] / request.embedding.width
-        xy[..., 1] = xy[..., 1] / request.embedding.height
-        return xy * self._model.image_size, torch.tensor(labels, device=self._device)[None]
+        xy = torch.tensor(np.stack(coordinates), device=self._device)
+        xy = xy / torch.tensor(sizes, dtype=torch.float32, device=self._device)[:, None, :]
+        return xy * self._model.image_size, torch.tensor(np.stack(labels), device=self._device)
 
     def to_masks(self, decoded: Decoded, width: int, height: int) -> list[CompressedRLE]:
         """Upsample the logits (not clamped) and threshold them strictly above 0."""
-        with self._computing():
+        with self._computing(self._decode_stream):
             logits = torch.from_numpy(decoded.logits).to(self._device)[None]
             upsampled = functional.interpolate(logits, (height, width), mode="bilinear", align_corners=False)
             masks = (upsampled[0] > 0.0).cpu().numpy()
@@ -213,11 +243,22 @@ class Sam2(PromptableModel):
     def export_embedding(self, embedding: Embedding, dtype: FloatType) -> tuple[NDArrayFloat, list[NDArrayFloat]]:
         """Return ``[1, 256, 64, 64]``, and ``[1, 32, 256, 256]`` with ``[1, 64, 128, 128]``."""
         features: _Features = embedding.features
-        coarse, *fine = (
-            NDArrayFloat.from_numpy(tensor.float().cpu().numpy(), dtype)
-            for tensor in (features.image_embed, *features.high_res)
-        )
+        with self._computing(self._decode_stream):
+            coarse, *fine = (
+                NDArrayFloat.from_numpy(tensor.float().cpu().numpy(), dtype)
+                for tensor in (features.image_embed, *features.high_res)
+            )
         return coarse, fine
+
+    def offload(self, embedding: Embedding) -> Embedding | None:
+        """Copy an embedding on a GPU to pinned memory of the host, which comes back several times faster."""
+        if self._device.type != "cuda":
+            return None
+        return _moved(embedding, lambda tensor: torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor))
+
+    def restore(self, embedding: Embedding) -> Embedding:
+        """Bring an embedding back to the GPU."""
+        return _moved(embedding, lambda tensor: tensor.to(self._device))
 
     def import_embedding(
         self, image_embedding: NDArrayFloat, high_resolution_features: list[NDArrayFloat], width: int, height: int
@@ -246,24 +287,41 @@ class Sam2(PromptableModel):
             raise EmbeddingMismatchError(f"{wrong[0].field} {wrong[0].description}", wrong)
         # As autocast leaves them: the finer levels come out of convolutions, the sum that is the coarse one is float32.
         dtypes = [torch.float32, _DTYPES[self._dtype], _DTYPES[self._dtype]]
-        coarse, fine, medium = (
-            torch.tensor(tensor.to_numpy(), device=self._device).to(dtype)
-            for tensor, dtype in zip(given, dtypes, strict=True)
-        )
-        # In the layout that the encoder leaves it in: another one changes the order of summation, and so the last bits.
-        coarse = coarse.contiguous(memory_format=torch.channels_last)
+        with self._computing(self._decode_stream):
+            coarse, fine, medium = (
+                torch.tensor(tensor.to_numpy(), device=self._device).to(dtype)
+                for tensor, dtype in zip(given, dtypes, strict=True)
+            )
+            # In the layout that the encoder leaves it in: another changes the order of summation, and so the last bits.
+            coarse = coarse.contiguous(memory_format=torch.channels_last)
         return self._embedding(width, height, (fine, medium, coarse))
 
     @contextmanager
-    def _computing(self) -> Iterator[None]:
-        """Enter inference mode and autocast, which are per thread, and name the device's exhaustion."""
+    def _computing(self, stream: torch.cuda.Stream | None) -> Iterator[None]:
+        """Enter inference mode, autocast and the stream, which are per thread, and name the device's exhaustion.
+
+        The stream's work is done when it ends: what it made can be used on other streams.
+        """
         autocast = torch.autocast(self._device.type, _DTYPES[self._dtype], enabled=self._dtype != "float32")
         try:
-            with torch.inference_mode(), autocast:
+            with torch.inference_mode(), autocast, torch.cuda.stream(stream) if stream else nullcontext():
                 yield
+                if stream is not None:
+                    stream.synchronize()
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             raise OutOfMemoryError(f"{self._device} has no memory left; send smaller or fewer requests") from error
+
+
+def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Join tensors ``[1, ...]``; a single one keeps its layout, and with it the reference's last bits."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+
+def _moved(embedding: Embedding, move: Callable[[torch.Tensor], torch.Tensor]) -> Embedding:
+    features: _Features = embedding.features
+    fine, medium = features.high_res
+    return replace(embedding, features=_Features(move(features.image_embed), (move(fine), move(medium))))
 
 
 def _device(name: str) -> torch.device:

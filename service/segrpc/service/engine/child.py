@@ -1,0 +1,248 @@
+"""One life of a worker process, seen from the front."""
+
+import asyncio
+import itertools
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any, Self
+
+from segrpc.service.engine.base import CancelToken, EngineOptions, ServedModel
+from segrpc.service.engine.messages import Answer, Call, Cancel, Failed, Ready, Release, Start, Stop
+from segrpc.service.engine.wire import Connection
+from segrpc.service.engine.work import DecodeWork, EncodeWork, Holdings, PredictWork, Work, WorkerLost
+
+log = logging.getLogger("segrpc.engine")
+
+STOP_SECONDS = 10.0  # for unloading the models; then the process is killed
+
+WORKER_ENVIRONMENT: dict[str, str] = {}  # what the environment does not set
+
+# -P: no code is imported from the folder that the server happens to be started in.
+_COMMAND = (sys.executable, "-P", "-m", "segrpc.service.engine.worker")
+
+
+class Link:
+    """A connection with a thread for each direction, so that neither pickling nor copying happens on the event loop.
+
+    Args:
+        connection: The front's end.
+        name: Of the threads.
+        received: Gets each message, on the loop.
+        ended: Called once, on the loop, when the other end is closed.
+    """
+
+    def __init__(
+        self, connection: Connection, name: str, received: Callable[[Any], None], ended: Callable[[], None]
+    ) -> None:
+        self._connection = connection
+        self._loop = asyncio.get_running_loop()
+        self._received, self._ended = received, ended
+        self._outbox: SimpleQueue[Any] = SimpleQueue()
+        self._threads = [
+            threading.Thread(target=target, name=f"{name}-{direction}", daemon=True)
+            for direction, target in (("send", self._send), ("receive", self._receive))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def send(self, message: Any) -> None:
+        """Send a message; never blocks."""
+        self._outbox.put(message)
+
+    def close(self) -> None:
+        """End the threads and free the connection; blocks for a moment."""
+        self._connection.shut()
+        self._outbox.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._connection.close()
+
+    def _send(self) -> None:
+        while (message := self._outbox.get()) is not None:
+            try:
+                self._connection.send(message)
+            except OSError:
+                return  # the process has ended: the other thread tells
+
+    def _receive(self) -> None:
+        try:
+            while True:
+                self._tell(self._received, self._connection.receive())
+        except EOFError:
+            pass
+        except Exception:
+            log.exception("a worker's message cannot be read")
+        self._tell(self._ended)
+
+    def _tell(self, call: Callable[..., None], *arguments: Any) -> None:
+        try:
+            self._loop.call_soon_threadsafe(call, *arguments)
+        except RuntimeError:
+            return  # the loop is closed: nobody listens
+
+
+class Child:
+    """A worker process. Made by `start`; used on the event loop, which it never blocks.
+
+    Attributes:
+        models: What it serves.
+        holdings: What its cache held when it last answered.
+    """
+
+    models: tuple[ServedModel, ...]
+
+    def __init__(self, process: "subprocess.Popen[bytes]", ends: list[socket.socket], lost: Callable[[], None]) -> None:
+        self.holdings = Holdings()
+        self._process = process
+        self._lost = lost
+        self._first: asyncio.Future[Ready | Failed] = asyncio.get_running_loop().create_future()
+        self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._numbers = itertools.count()
+        self._ended = False
+        # Large messages use a link of their own, so that small ones never wait behind them.
+        self._quick, self._bulk = (
+            Link(Connection(end), f"worker-{process.pid}-{name}", self._received, self._end)
+            for name, end in zip(("quick", "bulk"), ends, strict=True)
+        )
+
+    @classmethod
+    async def start(cls, options: EngineOptions, device: str, lost: Callable[[], None]) -> Self:
+        """Start a process and have it load the models.
+
+        Args:
+            options: Which models, and what they may take.
+            device: See `Core`.
+            lost: Called when the process ends by itself after it was ready, before its calls fail.
+
+        Raises:
+            ModelLoadError: If a model cannot be loaded.
+            WorkerLost: If the process ended before it was ready.
+        """
+        pairs = [socket.socketpair() for _ in range(2)]
+        try:
+            process = await asyncio.to_thread(_spawn, [theirs.fileno() for _, theirs in pairs])
+        except BaseException:
+            for ours, _ in pairs:
+                ours.close()
+            raise
+        finally:
+            for _, theirs in pairs:
+                theirs.close()  # or its end of the file would never come
+        child = cls(process, [ours for ours, _ in pairs], lost)
+        try:
+            child._quick.send(Start(options, device))
+            first = await child._first
+            if isinstance(first, Failed):
+                raise first.error
+        except BaseException:
+            await child.kill()
+            raise
+        child.models = first.models
+        return child
+
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        return self._process.pid
+
+    async def run(self, work: Work, token: CancelToken) -> Any:
+        """Have a work done; see `Backend.run`."""
+        if self._ended:
+            raise WorkerLost
+        number = next(self._numbers)
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._calls[number] = answer
+        link = self._bulk if _is_large(work) else self._quick
+        link.send(Call(number, work, token.remaining()))
+        forget = token.on_cancel(lambda: link.send(Cancel(number)))
+        try:
+            return await answer
+        finally:
+            forget()
+            self._calls.pop(number, None)
+
+    def release(self, model: str, digest: str) -> None:
+        """Let an embedding go that an `EncodeWork` had kept."""
+        self._quick.send(Release(model, digest))
+
+    async def stop(self) -> None:
+        """Have it unload the models and end; kill it if it does not."""
+        self._lost = _nobody
+        self._quick.send(Stop())
+        try:
+            await asyncio.to_thread(self._process.wait, STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            log.warning("worker %d did not end within %g s and is killed", self.pid, STOP_SECONDS)
+        await self.kill()
+
+    async def kill(self) -> int:
+        """End it at once, if it has not ended, and free what it took here.
+
+        Returns:
+            Its exit status; negative for the signal that ended it.
+        """
+        self._lost = _nobody
+        self._process.kill()
+        return await asyncio.to_thread(self._close)
+
+    def _close(self) -> int:
+        status = self._process.wait()
+        self._quick.close()
+        self._bulk.close()
+        return status
+
+    def _received(self, message: Any) -> None:
+        if isinstance(message, Answer):
+            self.holdings = message.holdings
+            waiting = self._calls.get(message.number)
+            if waiting is None or waiting.done():
+                return
+            if isinstance(message.outcome, Exception):
+                waiting.set_exception(message.outcome)
+            else:
+                waiting.set_result(message.outcome)
+        elif not self._first.done():
+            self._first.set_result(message)
+
+    def _end(self) -> None:
+        """Tell everybody that the process is gone; called for each link."""
+        if self._ended:
+            return
+        self._ended = True
+        if not self._first.done():
+            self._first.set_exception(WorkerLost("the worker process ended while it loaded the models"))
+        else:
+            self._lost()
+        for waiting in self._calls.values():
+            if not waiting.done():
+                waiting.set_exception(WorkerLost())
+
+
+def _spawn(sockets: list[int]) -> "subprocess.Popen[bytes]":
+    # A new session: a signal to the server's process group must not end the worker before calls have ended.
+    # Its standard output is the server's standard error: what models print must not mix with the server's own output.
+    return subprocess.Popen(
+        [*_COMMAND, *map(str, sockets)],
+        pass_fds=sockets,
+        stdin=subprocess.DEVNULL,
+        stdout=2,
+        start_new_session=True,
+        env={**WORKER_ENVIRONMENT, **os.environ},
+    )
+
+
+def _is_large(work: Work) -> bool:
+    """Whether a work or its result carries an image file or an embedding."""
+    if isinstance(work, DecodeWork):
+        return work.brings_embedding or work.input.return_image_embedding
+    return isinstance(work, EncodeWork | PredictWork)
+
+
+def _nobody() -> None:
+    """Be told of an end that was wanted."""

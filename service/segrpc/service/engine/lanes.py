@@ -1,0 +1,90 @@
+"""Lanes: threads that take works one after the other, so that one kind of work never waits for another kind."""
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+from segrpc.service.engine.base import CancelToken
+from segrpc.service.engine.work import Result, Ticket, Work
+from segrpc.service.errors import DeadlineError
+
+log = logging.getLogger("segrpc.engine")
+
+
+class Lane:
+    """A queue and the one thread that works it off.
+
+    Args:
+        name: The thread's name.
+        run: Does works that were taken from the queue together, and settles their tickets.
+        most: How many works it takes at most together: those that wait when it gets to them; it never waits for more.
+        nice: How much lower than normal the operating system's priority of the thread is, 0 to 19; Linux only. Threads
+            that it starts, such as those of OpenMP, inherit it.
+    """
+
+    def __init__(self, name: str, run: Callable[[Sequence[Ticket]], None], *, most: int = 1, nice: int = 0) -> None:
+        self._run = run
+        self._most = most
+        self._nice = nice
+        self._queue: deque[Ticket] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Work, token: CancelToken) -> "Future[Result]":
+        """Put a work at the end of the queue. If its token is cancelled while it waits there, it fails at once.
+
+        Raises:
+            RuntimeError: If the lane is closed.
+        """
+        ticket = Ticket(work, token)
+        with self._changed:
+            if self._closing:
+                raise RuntimeError("the lane is closed")
+            self._queue.append(ticket)
+            self._changed.notify()
+        forget = token.on_cancel(lambda: self._drop(ticket))
+        ticket.future.add_done_callback(lambda _: forget())
+        return ticket.future
+
+    def close(self) -> None:
+        """Do what is in the queue, then end the thread."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _drop(self, ticket: Ticket) -> None:
+        with self._changed:
+            if ticket not in self._queue:
+                return
+            self._queue.remove(ticket)
+        ticket.settle(DeadlineError("the caller left before the work was done"))
+
+    def _work(self) -> None:
+        if self._nice and sys.platform == "linux":
+            try:
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._nice)
+            except OSError as error:
+                log.warning("the priority of %s stays as it is: %s", self._thread.name, error)
+        while tickets := self._take():
+            now = time.perf_counter()
+            for ticket in tickets:
+                ticket.waited = now - ticket.queued
+            try:
+                self._run(tickets)
+            except Exception as error:  # noqa: BLE001 - whatever went wrong is for whoever waits
+                for ticket in tickets:
+                    ticket.settle(error)
+
+    def _take(self) -> list[Ticket]:
+        """Wait for works; an empty list says that there will be none any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._closing)
+            return [self._queue.popleft() for _ in range(min(self._most, len(self._queue)))]
