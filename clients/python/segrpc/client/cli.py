@@ -12,12 +12,12 @@ from typing import Any
 
 import grpc
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from segrpc.client.channel import DEFAULT_TARGET, DEFAULT_TIMEOUT
 from segrpc.client.errors import SegmentationError
 from segrpc.client.flow import SegmentOptions
-from segrpc.client.render import overlay
+from segrpc.client.render import open_photo, overlay
+from segrpc.client.sessions import cli as sessions
 from segrpc.client.sync import SegmentationClient
 from segrpc.client.types import Mask, SegmentationResult, Timing
 
@@ -79,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     models = commands.add_parser("models", parents=[common], help="list the models that are served")
     models.set_defaults(run=_models)
 
+    sessions.add_commands(commands, common)
+
     health = commands.add_parser("health", parents=[common], help="tell whether the server is ready (exit status 0)")
     health.add_argument("--service", default="", metavar="NAME", help="one service; default: the whole server")
     health.set_defaults(run=_health)
@@ -120,17 +122,9 @@ def _segment(client: SegmentationClient, args: argparse.Namespace) -> int:
 
 
 def _write_overlay(args: argparse.Namespace, prompts: SegmentOptions, result: SegmentationResult) -> None:
-    if not Path(args.image).is_file():
-        raise ValueError("--output needs an image that is a file here")
     best = [prediction.best for prediction in result.predictions]
-    try:
-        with Image.open(args.image) as image:
-            picture = overlay(
-                image, best, points=prompts.get("points"), labels=prompts.get("labels"), boxes=prompts.get("boxes")
-            )
-    except UnidentifiedImageError as error:
-        raise ValueError(str(error)) from error
-    picture.save(args.output)
+    drawn: dict[str, Any] = {name: prompts.get(name) for name in ("points", "labels", "boxes")}
+    overlay(open_photo(args.image), best, **drawn).save(args.output)
 
 
 def _as_json(result: SegmentationResult, masks: list[Mask], milliseconds: float) -> dict[str, Any]:

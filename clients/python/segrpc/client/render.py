@@ -1,11 +1,12 @@
 """Pictures for people: masks, points and boxes drawn over an image."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
 
 from segrpc.client.codec import box_column, label_column, point_column
 from segrpc.client.types import Mask
@@ -15,6 +16,22 @@ _COLOURS = ((30, 144, 255), (255, 140, 0), (50, 205, 50), (220, 20, 160), (255, 
 _ON_OBJECT = (40, 200, 80)
 _OFF_OBJECT = (230, 50, 50)
 _OPACITY = 0.45
+
+
+def open_photo(image: str) -> Image.Image:
+    """Read the image to draw on.
+
+    Raises:
+        ValueError: If it is no file here, or no image.
+    """
+    if not Path(image).is_file():
+        raise ValueError(f"{image}: only over an image that is a file here can masks be drawn")
+    try:
+        with Image.open(image) as photo:
+            photo.load()
+            return photo
+    except UnidentifiedImageError as error:
+        raise ValueError(str(error)) from error
 
 
 def overlay(

@@ -22,12 +22,18 @@ class ReplayedRound:
     Attributes:
         revision: Its revision in the session.
         object_id: Its object.
+        points: ``x, y`` in pixels.
+        labels: 1 (on the object) or 0 (off it) for each point.
+        box: ``(x_min, y_min, x_max, y_max)`` in pixels, or None.
         prediction: The masks.
         identical: Whether they are those of the session, byte for byte; None if the session has none to compare with.
     """
 
     revision: int
     object_id: str
+    points: tuple[tuple[float, float], ...]
+    labels: tuple[int, ...]
+    box: tuple[float, float, float, float] | None
     prediction: Prediction
     identical: bool | None
 
@@ -133,4 +139,12 @@ def _compared(one: dict[str, Any], prediction: Prediction) -> ReplayedRound:
     identical = None
     if one["masks"] is not None:
         identical = [mask_as_json(mask) for mask in prediction.masks] == one["masks"]
-    return ReplayedRound(one["revision"], one["object_id"], prediction, identical)
+    return ReplayedRound(
+        revision=one["revision"],
+        object_id=one["object_id"],
+        points=tuple((x, y) for x, y in one["points"]),
+        labels=tuple(one["labels"]),
+        box=None if one["box"] is None else tuple(one["box"]),
+        prediction=prediction,
+        identical=identical,
+    )
