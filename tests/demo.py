@@ -1,11 +1,16 @@
 """What ``make demo`` runs: start a server, segment the shipped photos over a real socket, write overlays.
 
+First each photo by single calls, then one in an interactive session whose worker process is killed in between.
+
 python -m tests.demo --output demo-output [--checkpoint sam2.1_hiera_tiny.pt]
 """
 
 import argparse
+import os
+import signal
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +18,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from segrpc.client import Mask, SegmentationClient
+from segrpc.client import Mask, RefineResult, RefineSession, SegmentationClient
 from segrpc.client.render import overlay
 from tests.photos import NAMES, Prompts, load_image, photo_path, prompts_of
 from tests.server_process import ServerProcess
 
 Logits = npt.NDArray[np.float32]
+
+SESSION_PHOTO = "astronaut"
 
 
 @dataclass(frozen=True)
@@ -42,8 +49,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ServerProcess(*options, log=Path(folder) / "log") as server:
         print(server.greeting)
         with SegmentationClient(server.target) as client:
-            rows = [row for name in NAMES for row in segment(client, name, args.output)]
-    print_table(rows)
+            print_table([row for name in NAMES for row in segment(client, name, args.output)])
+            print(f"\nA session on {SESSION_PHOTO}, with three clicks, an undo, and a killed worker:")
+            print_table(refine(client, server, args.output))
     print(f"\noverlays are in {args.output}/")
 
 
@@ -81,13 +89,46 @@ def ask(
     return Row(name, step, prediction.best, milliseconds), result.logits[0, prediction.best_index]
 
 
+def refine(client: SegmentationClient, server: ServerProcess, output: Path) -> list[Row]:
+    """Click, undo and click on in a session; kill the worker in between. Write an overlay after each step."""
+    image = load_image(SESSION_PHOTO)
+    rows: list[Row] = []
+    with client.refine(photo_path(SESSION_PHOTO)) as session:
+
+        def step(name: str, edit: Callable[[], RefineResult]) -> None:
+            start = time.perf_counter()
+            mask = edit().mask
+            milliseconds = (time.perf_counter() - start) * 1e3
+            assert mask is not None
+            shown = shown_prompts(session)
+            overlay(image, [mask], points=shown.points, labels=shown.labels).save(
+                output / f"session-{len(rows) + 1}.png"
+            )
+            rows.append(Row(SESSION_PHOTO, name, mask, milliseconds))
+
+        step("click the suit", lambda: session.click(130, 320))
+        step("and the face", lambda: session.click(215, 120))
+        step("and the hair", lambda: session.click(270, 60))
+        step("undo", session.undo)
+        for pid in server.stats()["engine"]["worker_pids"]:
+            os.kill(pid, signal.SIGKILL)
+        step("worker killed; not the flag", lambda: session.click(25, 330, label=0))
+    return rows
+
+
+def shown_prompts(session: RefineSession) -> Prompts:
+    """Return the points behind the mask that a session shows."""
+    shown = session.shown_round()
+    return Prompts(shown.points, shown.labels, shown.box) if shown else Prompts((), (), None)
+
+
 def print_table(rows: list[Row]) -> None:
     """Print what was found."""
-    print(f"\n{'photo':14} {'prompt':9} {'score':>6} {'area':>9} {'of image':>9} {'latency':>10}")
+    print(f"\n{'photo':14} {'prompt':27} {'score':>6} {'area':>9} {'of image':>9} {'latency':>10}")
     for row in rows:
         share = row.mask.area / (row.mask.width * row.mask.height)
         print(
-            f"{row.photo:14} {row.prompt:9} {row.mask.score:6.2f} {row.mask.area:7} px {share:9.1%} "
+            f"{row.photo:14} {row.prompt:27} {row.mask.score:6.2f} {row.mask.area:7} px {share:9.1%} "
             f"{row.milliseconds:7.0f} ms"
         )
 

@@ -47,7 +47,7 @@ def test_allowed_hosts(allowed: str, scheme: str, host: str, port: int, expected
 
 
 @pytest.mark.parametrize(
-    "host", ["", "https://example.org", "example.org/x", "*", "*.", "a@b", "::1", "bücher.example", "a:b"]
+    "host", ["", "https://example.org", "example.org/x", "*", "*.", "a@b", "::1", "bücher.example", "a:b", "a:65536"]
 )
 def test_malformed_hosts_are_found_at_once(host: str) -> None:
     with pytest.raises(ValueError, match="--allowed-host"):

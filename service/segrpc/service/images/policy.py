@@ -41,7 +41,8 @@ class SourcePolicy:
 
     def __post_init__(self) -> None:
         for host in self.allowed_hosts:
-            if _HOST.fullmatch(host) is None:
+            parts = _HOST.fullmatch(host)
+            if parts is None or int(parts["port"] or 0) > 65535:
                 raise ValueError(
                     f"--allowed-host {host!r} must be a host name or *.DOMAIN, optionally with :PORT, and no URL; "
                     "IPv6 addresses stand in brackets, international names in their ASCII form"

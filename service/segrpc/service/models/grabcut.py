@@ -47,7 +47,8 @@ class GrabCut(PromptableModel):
 
     Object clicks lie in the mask and background clicks outside, unless clicks of both kinds are closer than 4 cells
     (4/256 of a side) to each other. With object clicks only what is connected to one of them is kept. A mask leaves the
-    box only for an object click. A ``mask_input`` is kept, except along its outline and around clicks that disagree.
+    box only for an object click. A ``mask_input`` is kept, except along its outline, around clicks that disagree and,
+    with object clicks, in parts that none of them is connected to.
 
     ``scores`` rank candidates and estimate no IoU: the share of the outline along which the colour changes more than
     around it, times the IoU of the mask's bounding box and the given box. Without an outline (nothing, or the whole

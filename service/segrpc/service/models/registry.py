@@ -59,9 +59,10 @@ def _from_entry_point(name: str) -> type[InferenceModel]:
         raise ModelLoadError(f"there is no model {name!r}; known are: {', '.join(model_names())}")
     try:
         loaded = found[0].load()
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever another package's module raises
         extra = ", or install segrpc[sam2]" if name.startswith("sam2") else ""
-        raise ModelLoadError(f"model {name!r} cannot be imported: {error}; install what it needs{extra}") from error
+        cause = f"{type(error).__name__}: {error}"
+        raise ModelLoadError(f"model {name!r} cannot be imported: {cause}; install what it needs{extra}") from error
     # Importing the module may have registered it; otherwise the entry point is the class itself.
     model_class = _registered.get(name, loaded)
     if not isinstance(model_class, type) or not issubclass(model_class, InferenceModel):
