@@ -8,16 +8,16 @@ reader like one that was half-closed. So only an explicit ``finish`` ends a sess
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, TypeVar
 
 from segrpc.service.engine.base import CancelToken, EncodeJob, SegmentJob, SegmentResult, ServedModel
 from segrpc.service.errors import (
     ChunkOffsetError,
     ConfigNotFirstError,
     DrainingError,
-    ExhaustedError,
     InvalidFieldError,
+    OverloadedError,
     SegrpcError,
     UnavailableError,
 )
@@ -33,9 +33,12 @@ from segrpc.service.sessions.session import Event, ObjectResult, Plan, Rejection
 from segrpc.service.sessions.store import Attachment
 from segrpc.v1 import refine_pb2, types_pb2
 
-MAX_PENDING = 256  # edits that wait to be computed; reading waits beyond that
+T = TypeVar("T")
+
 TRIES = 5  # of a round, while the worker or the queue is not available
 DEFAULT_RETRY_AFTER = 1.0  # seconds
+DRAINING_RETRY_AFTER = 1.0  # seconds
+CONFIG_ONCE = "the config comes once, at the beginning"
 
 
 class RefineStream:
@@ -63,19 +66,34 @@ class RefineStream:
         Raises:
             SegrpcError: If the protocol was broken, the session was taken away, or the server cannot go on.
         """
-        config = await self._first()
-        attachment = await self._attach(config)
-        if attachment is None:
-            return  # the client left during its upload
+        config = await self._unless_draining(self._first())
+        # By itself, because `write` notes only afterwards that it sent them: a status after a first write that was cut
+        # off would send them again, and be lost.
+        await self._context.send_initial_metadata(())
+        attachment = await self._unless_draining(self._attach(config))
+        clean = False
         try:
             await self._serve(config, attachment)
+            clean = self._finished  # and all that was sent before it is answered
         finally:
-            if self._finished:
+            if clean:
                 self._services.sessions.close(attachment)
             else:
                 self._services.sessions.detach(attachment)
 
     # Opening
+
+    async def _unless_draining(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do a part of the opening; a session that is not open when the server shuts down is of no use any more."""
+        opening = asyncio.ensure_future(work)
+        draining = asyncio.ensure_future(self._services.draining.wait())
+        try:
+            await asyncio.wait({opening, draining}, return_when=asyncio.FIRST_COMPLETED)
+            if not opening.done():
+                raise DrainingError("the server is shutting down; begin anew elsewhere", DRAINING_RETRY_AFTER)
+            return opening.result()
+        finally:
+            await _cancel([opening, draining])
 
     async def _first(self) -> refine_pb2.RefineConfig:
         async for request in self._requests:
@@ -84,7 +102,7 @@ class RefineStream:
             return request.config
         raise ConfigNotFirstError("the first message must be the config")
 
-    async def _attach(self, config: refine_pb2.RefineConfig) -> Attachment | None:
+    async def _attach(self, config: refine_pb2.RefineConfig) -> Attachment:
         convert.check_name("config.request_id", config.request_id)
         source = config.WhichOneof("source")
         if source == "resume":
@@ -93,13 +111,11 @@ class RefineStream:
         options = refine_convert.refine_options(config, model.name, model.metadata)
         convert.tensor_dtype(config.output.tensor_dtype, "config.output.tensor_dtype")
         if source == "image":
-            image: KnownImage | None = await find_image(self._services.images, config.image, "config.image")
+            image = await find_image(self._services.images, config.image, "config.image")
         elif source == "upload":
             image = await self._receive_image(config.upload)
         else:
             raise InvalidFieldError.of("config", "must have an image, an upload or a session to resume")
-        if image is None:
-            return None
         scene = Scene(image.header.width, image.header.height, model.name, model.metadata, self._max_points)
         return self._services.sessions.open(image, scene, options, self._end)
 
@@ -114,28 +130,34 @@ class RefineStream:
 
     def _resume(self, config: refine_pb2.RefineConfig) -> Attachment:
         resume, sessions = config.resume, self._services.sessions
-        attachment = sessions.resume(resume.session_id, resume.resume_token, self._end)
-        model = attachment.session.scene.model
+        # Whoever asks wrongly takes nothing away from the stream that has the session.
+        session = sessions.find(resume.session_id, resume.resume_token)
+        model = session.scene.model
         if config.model not in ("", model):
-            sessions.detach(attachment)
             raise InvalidFieldError.of("config.model", f"is {config.model!r}; the session works with {model!r}")
-        return attachment
+        session.check_revision(resume.last_revision)
+        return sessions.resume(resume.session_id, resume.resume_token, self._end)
 
     def _end(self, reason: SegrpcError) -> None:
-        """Note that the session was taken away."""
+        """Note that the session was taken away: from now on this stream must neither look at it nor change it."""
         if not self._ended.done():
             self._ended.set_exception(reason)
 
-    async def _receive_image(self, header: refine_pb2.UploadHeader) -> KnownImage | None:
-        """Put the image together that follows in chunks; None if the stream ended before."""
+    @property
+    def _taken(self) -> bool:
+        return self._ended.done()
+
+    async def _receive_image(self, header: refine_pb2.UploadHeader) -> KnownImage:
+        """Put the image together that follows in chunks."""
         limits = self._services.limits
         try:
             upload = Upload(header.size, header.digest, limits.max_image_bytes, limits.max_chunk_bytes)
             while not upload.complete:
                 request = await anext(self._requests, None)
-                if request is None:
-                    return None
-                if request.WhichOneof("payload") != "image":
+                payload = None if request is None else request.WhichOneof("payload")
+                if payload == "config":
+                    raise ConfigNotFirstError(CONFIG_ONCE)
+                if request is None or payload != "image":
                     raise ChunkOffsetError(f"the image is not complete: {upload.received} of {header.size} bytes")
                 upload.add(request.image.offset, request.image.data)
                 await self._context.write(refine_convert.upload_progress(upload.received))
@@ -180,10 +202,13 @@ class RefineStream:
     async def _read(self, attachment: Attachment, outbox: Outbox) -> None:
         session = attachment.session
         async for request in self._requests:
+            if self._taken:
+                return
             self._services.sessions.touch(attachment)
             if self._take(request, session, outbox):
                 break
-            while session.pending >= MAX_PENDING:
+            await outbox.room()
+            while session.full:
                 self._wake.clear()
                 await self._wake.wait()
         self._input_over = True
@@ -205,7 +230,7 @@ class RefineStream:
             case "finish":
                 self._finished = True
             case "config":
-                raise ConfigNotFirstError("the config comes once, at the beginning")
+                raise ConfigNotFirstError(CONFIG_ONCE)
             case "image":
                 raise ChunkOffsetError("the image is complete, or was not announced in chunks")
             case _:
@@ -216,6 +241,8 @@ class RefineStream:
     async def _compute(self, session: Session, outbox: Outbox) -> None:
         while True:
             await outbox.room()
+            if self._taken:
+                return
             start, plan = time.perf_counter(), session.plan()
             if plan is None:
                 if self._input_over:
@@ -229,14 +256,20 @@ class RefineStream:
         outbox.close()
 
     async def _outcome(self, session: Session, plan: Plan, start: float) -> list[Event]:
-        """Compute what a plan needs, and make it the session's state, unless its edits were cancelled meanwhile."""
+        """Compute what a plan needs, and make it the session's state.
+
+        Nothing comes of it if its edits were cancelled meanwhile, or if the session was taken away: then they are
+        pending still.
+        """
         try:
             result = await self._round(session, plan) if plan.input is not None else None
         except UnavailableError:
             raise
         except SegrpcError as error:
-            return [] if plan.cancelled else session.reject(plan, error)
-        return [] if plan.cancelled else session.commit(plan, result, time.perf_counter() - start)
+            return [] if plan.cancelled or self._taken else session.reject(plan, error)
+        if plan.cancelled or self._taken:
+            return []
+        return session.commit(plan, result, time.perf_counter() - start)
 
     async def _round(self, session: Session, plan: Plan) -> SegmentResult | None:
         """Ask the engine; ask again while the worker or the queue is not available."""
@@ -247,7 +280,7 @@ class RefineStream:
             self._token, tries = CancelToken(), tries + 1
             try:
                 return await self._services.engine.segment(job, self._token)
-            except (ExhaustedError, UnavailableError) as error:
+            except (OverloadedError, UnavailableError) as error:
                 if tries == TRIES:
                     raise
                 await asyncio.sleep(error.retry_after or DEFAULT_RETRY_AFTER)
@@ -271,7 +304,7 @@ class RefineStream:
         seconds = self._services.drain_seconds
         outbox.put(refine_convert.draining(session.revision, session.applied_seq, time.time() + seconds))
         await asyncio.sleep(seconds)
-        raise DrainingError("the server is shutting down; begin anew elsewhere", retry_after=1.0)
+        raise DrainingError("the server is shutting down; begin anew elsewhere", DRAINING_RETRY_AFTER)
 
     async def _warm(self, session: Session) -> None:
         """Encode the image ahead of the first edit. If that fails, the first edit tells."""
@@ -280,7 +313,7 @@ class RefineStream:
             await self._services.engine.encode(job, CancelToken())
 
 
-async def _cancel(tasks: list[asyncio.Future[None]]) -> None:
+async def _cancel(tasks: list[asyncio.Future[Any]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -178,7 +178,7 @@ class Prompts:
             case ClearBox():
                 return replace(self, box=None)
             case SetMask(logits):
-                _check_mask(logits, scene)
+                check_mask(logits, scene)
                 return self
 
     def _with_points(self, points: tuple[Click, ...], scene: Scene) -> "Prompts":
@@ -233,7 +233,13 @@ def _check_box(box: BoxXYXY, scene: Scene) -> None:
         raise InvalidFieldError.of_all(wrong)
 
 
-def _check_mask(logits: NDArrayFloat, scene: Scene) -> None:
+def check_mask(logits: NDArrayFloat, scene: Scene) -> None:
+    """Check the logits of a `SetMask`.
+
+    Raises:
+        InvalidFieldError: If they have another shape than the model's.
+        CapabilityMissingError: If the model takes none.
+    """
     size = scene.metadata.mask_size
     if not scene.metadata.mask_input:
         raise CapabilityMissingError(f"model {scene.model!r} takes no mask input")

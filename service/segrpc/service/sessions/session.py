@@ -7,17 +7,18 @@ computation or a connection fails in between.
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from segrpc.service.engine.base import SegmentResult, StageTimes
 from segrpc.service.errors import InvalidFieldError, OverloadedError, SegrpcError, Violation
 from segrpc.service.images.library import KnownImage
 from segrpc.service.schemas import NDArrayFloat, SegmentationInput
-from segrpc.service.sessions.edits import Edit, HistoryAction, Malformed, Prompts, Scene, SetMask
+from segrpc.service.sessions.edits import Edit, HistoryAction, Malformed, Prompts, Scene, SetMask, check_mask
 from segrpc.service.sessions.history import History, MaskSource, Round, Step
 
 KEPT_REJECTIONS = 64  # that are sent again after resuming
+MAX_PENDING, MAX_PENDING_BYTES = 256, 16 * 2**20  # edits that wait to be computed
 CANCELLED = "CANCELLED"
 
 _MAX_RANGES = 1024
@@ -172,6 +173,12 @@ class Session:
         """How many edits wait for being committed."""
         return len(self._pending)
 
+    @property
+    def full(self) -> bool:
+        """Whether no more edits should be taken for now."""
+        masks = sum(len(edit.action.logits.data) for edit in self._pending if isinstance(edit.action, SetMask))
+        return len(self._pending) >= MAX_PENDING or masks >= MAX_PENDING_BYTES
+
     def close(self) -> None:
         """Give its memory back to the budget; it is not used afterwards."""
         self._account(-self._nbytes)
@@ -194,8 +201,17 @@ class Session:
             text = f"is {edit.seq}, after {self._seen.highest}: numbers must rise from edit to edit"
             return self._rejection(edit.seq, InvalidFieldError.of("seq", text))
         self._seen.add(edit.seq)
-        self._pending.append(edit)
+        self._pending.append(self._without_useless_mask(edit))
         return None
+
+    def _without_useless_mask(self, edit: Edit) -> Edit:
+        """Let go of logits that do not fit, which may be large, before the edit waits for its turn."""
+        if isinstance(edit.action, SetMask):
+            try:
+                check_mask(edit.action.logits, self.scene)
+            except SegrpcError as error:
+                return replace(edit, action=Malformed(error))
+        return edit
 
     def cancel_through(self, seq: int) -> list[Rejection]:
         """Drop pending edits up to a number."""
@@ -326,8 +342,8 @@ class Session:
             self._pending.popleft()
         self.applied_seq, self._plan = plan.edits[-1].seq, None
 
-    def resume(self, last_revision: int) -> list[Event]:
-        """Return what a client has missed that saw the session at a revision.
+    def check_revision(self, last_revision: int) -> None:
+        """Check what a client says that it saw.
 
         Raises:
             InvalidFieldError: If there is no such revision yet.
@@ -335,6 +351,14 @@ class Session:
         if last_revision > self.revision:
             text = f"is {last_revision}; the session's newest revision is {self.revision}"
             raise InvalidFieldError.of("config.resume.last_revision", text)
+
+    def resume(self, last_revision: int) -> list[Event]:
+        """Return what a client has missed that saw the session at a revision.
+
+        Raises:
+            InvalidFieldError: If there is no such revision yet.
+        """
+        self.check_revision(last_revision)
         missed: list[Event] = [rejection for rejection in self._rejections if rejection.revision >= last_revision]
         changed = sorted((o.changed_at, name) for name, o in self._objects.items() if o.changed_at > last_revision)
         for _, name in changed:

@@ -106,12 +106,15 @@ class SessionStore:
         self._held[session.id] = _Held(session, attachment.token, attachment, self._clock() + self._limits.idle_seconds)
         return attachment
 
-    def resume(self, session_id: str, token: str, end: Callable[[SegrpcError], None]) -> Attachment:
-        """Attach a stream to a session, and take it away from the stream that may still have it.
+    def find(self, session_id: str, token: str) -> Session:
+        """Find a session, and leave it to the stream that may have it.
 
         Raises:
             SessionNotFoundError: If there is no such session (any more), or the token is not its.
         """
+        return self._find(session_id, token).session
+
+    def _find(self, session_id: str, token: str) -> _Held:
         self.expire()
         held = self._held.get(session_id)
         # A wrong token is answered like an unknown session: it tells nothing.
@@ -119,6 +122,15 @@ class SessionStore:
             raise SessionNotFoundError(
                 f"there is no session {session_id[:64]!r} that this token opens; it may have expired"
             )
+        return held
+
+    def resume(self, session_id: str, token: str, end: Callable[[SegrpcError], None]) -> Attachment:
+        """Attach a stream to a session, and take it away from the stream that may still have it.
+
+        Raises:
+            SessionNotFoundError: If there is no such session (any more), or the token is not its.
+        """
+        held = self._find(session_id, token)
         if held.attachment is not None:
             held.attachment.end(SessionTakenError(f"session {session_id} was resumed on another stream"))
         held.attachment = Attachment(held.session, held.token, True, end)
