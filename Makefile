@@ -67,6 +67,7 @@ check-protos: $(INSTALLED) ## prove that the stubs are fresh and the contract br
 
 bench: $(INSTALLED) ## measure latencies beside the in-process reference
 	$(BIN)/python -m tests.benchmarks.unary
+	$(BIN)/python -m tests.benchmarks.sessions
 
 serve: $(INSTALLED) ## serve the GrabCut model on 127.0.0.1:50051 (ARGS=... adds options)
 	$(BIN)/segrpc-server serve $(ARGS)
