@@ -15,7 +15,8 @@ from segrpc.client.errors import error_from
 from segrpc.client.flow import EncodeOptions, Flow, SegmentOptions, SentImages
 from segrpc.client.replay import Replay, replay
 from segrpc.client.sessions.aio import AsyncRefineSession
-from segrpc.client.sessions.state import ExistingSession, NewSession, SessionState
+from segrpc.client.sessions.source import ExistingSession, NewSession
+from segrpc.client.sessions.state import SessionState
 from segrpc.client.sessions.types import RefineOptions
 from segrpc.client.types import EncodedImage, ImageInfo, ModelInfo, SegmentationResult
 from segrpc.v1.model_service_pb2_grpc import ModelServiceStub

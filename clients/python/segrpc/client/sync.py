@@ -14,7 +14,8 @@ from segrpc.client.codec import ImageLike, load_image
 from segrpc.client.errors import error_from
 from segrpc.client.flow import EncodeOptions, Flow, SegmentOptions, SentImages
 from segrpc.client.replay import Replay, replay
-from segrpc.client.sessions.state import ExistingSession, NewSession, SessionState
+from segrpc.client.sessions.source import ExistingSession, NewSession
+from segrpc.client.sessions.state import SessionState
 from segrpc.client.sessions.sync import RefineSession
 from segrpc.client.sessions.types import RefineOptions
 from segrpc.client.types import EncodedImage, ImageInfo, ModelInfo, SegmentationResult

@@ -12,7 +12,8 @@ from segrpc.client import AddPoints, Replay, SetMask
 from segrpc.client.codec import load_image, tensor_message
 from segrpc.client.flow import SentImages
 from segrpc.client.replay import replay
-from segrpc.client.sessions.state import NewSession, SessionState
+from segrpc.client.sessions.source import NewSession
+from segrpc.client.sessions.state import SessionState
 from segrpc.client.types import ImageInfo
 from segrpc.v1 import types_pb2
 from segrpc.v1.segmentation_service_pb2 import SegmentRequest, SegmentResponse

@@ -26,7 +26,8 @@ from segrpc.client.codec import load_image
 from segrpc.client.errors import _Details
 from segrpc.client.flow import CHUNK_BYTES, INLINE_BYTES, SentImages
 from segrpc.client.sessions.ledger import TAKEOVER_GAP
-from segrpc.client.sessions.state import ExistingSession, NewSession, SessionState
+from segrpc.client.sessions.source import ExistingSession, NewSession
+from segrpc.client.sessions.state import SessionState
 from segrpc.client.sessions.types import RefineOptions
 from segrpc.v1 import refine_pb2
 from segrpc.v1.refine_pb2 import RefineRequest, RefineResponse
@@ -196,6 +197,16 @@ def test_a_waiter_gets_the_result_that_reflects_its_edit() -> None:
     assert answer is not None
     assert (answer.object_id, answer.revision, answer.applied_seq) == ("1", 3, 3)
     assert state.outcome(first) is answer, "the newest of the object"
+
+
+def test_a_result_of_another_object_is_no_answer() -> None:
+    state = ready()
+    first, other = state.submit(CLICK), state.submit(AddPoints([(1, 1)], object_id="b"))
+    state.received(result(2, 2, object_id="b"))
+    assert state.outcome(first) is None
+    assert state.outcome(other) is not None
+    state.received(result(2, 2))
+    assert state.outcome(first) is state.ledger.latest["1"]
 
 
 def test_a_folded_result_answers_all_its_edits() -> None:

@@ -6,17 +6,16 @@ end of the stream to `lost`, and sends what `take_messages` returns after each o
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import grpc
 
-from segrpc.client.codec import EncodedFile, image_info, image_message
-from segrpc.client.errors import NotFoundError, SegmentationError, SessionClosedError, UnavailableError
-from segrpc.client.flow import INLINE_BYTES, SentImages, image_chunks, upload_header
+from segrpc.client.codec import image_info
+from segrpc.client.errors import SegmentationError, SessionClosedError, UnavailableError
 from segrpc.client.sessions import codec
 from segrpc.client.sessions.edits import Edit
 from segrpc.client.sessions.ledger import Ledger
+from segrpc.client.sessions.source import ExistingSession, NewSession
 from segrpc.client.sessions.types import RefineOptions, RefineResult
 from segrpc.client.types import ImageInfo
 from segrpc.v1 import refine_pb2
@@ -24,27 +23,6 @@ from segrpc.v1 import refine_pb2
 FIRST_DELAY, LAST_DELAY = 0.05, 2.0  # seconds before connecting again; doubles from the one to the other
 
 _TRANSPORT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
-
-
-@dataclass(frozen=True, slots=True)
-class NewSession:
-    """A session on an image.
-
-    Attributes:
-        file: The image.
-        sent: The digests that the server has been sent.
-    """
-
-    file: EncodedFile
-    sent: SentImages
-
-
-@dataclass(frozen=True, slots=True)
-class ExistingSession:
-    """A session that was detached, or is open elsewhere."""
-
-    session_id: str
-    resume_token: str
 
 
 class SessionState:
@@ -74,7 +52,6 @@ class SessionState:
 
         self._source = source
         self._config = codec.config_message(options)
-        self._by_digest = isinstance(source, NewSession) and source.file.digest in source.sent
         self._messages: list[refine_pb2.RefineRequest] = []
         self._connected, self._open = False, False  # a stream is there; the server has answered `opened` on it
         self._finishing, self._detaching = False, False
@@ -95,7 +72,7 @@ class SessionState:
         config = refine_pb2.RefineConfig()
         config.CopyFrom(self._config)
         if isinstance(self._source, NewSession) and not self.session_id:
-            return _with_image(config, self._source.file, by_digest=self._by_digest)
+            return self._source.opening(config)
         config.resume.session_id, config.resume.resume_token = self.session_id, self.resume_token
         config.resume.last_revision = self.ledger.complete
         return iter([refine_pb2.RefineRequest(config=config)])
@@ -136,7 +113,7 @@ class SessionState:
         if self._is_orderly(error):
             self.ended = True
             return None
-        if self._forgotten_image(error):
+        if self.image is None and isinstance(self._source, NewSession) and self._source.forgotten(error):
             return 0.0
         if lasted:
             self._attempts = 0
@@ -245,8 +222,8 @@ class SessionState:
         self.session_id, self.resume_token = opened.session_id, opened.resume_token
         self.expire_time = opened.expire_time.ToDatetime(UTC)
         self.draining = None
-        if isinstance(self._source, NewSession) and self._source.file.data:
-            self._source.sent.add(self._source.file.digest)
+        if isinstance(self._source, NewSession):
+            self._source.arrived()
         self._messages.extend(self.ledger.begin_stream(applied_seq, taken_over=taken_over))
         if self._finishing:
             self._messages.append(refine_pb2.RefineRequest(finish=refine_pb2.Finish()))
@@ -259,31 +236,9 @@ class SessionState:
         # Unknown after the stream broke, with nothing left to answer: the first stream's `finish` had arrived.
         return error is None or (error.reason == "SESSION_NOT_FOUND" and self.ledger.all_answered)
 
-    def _forgotten_image(self, error: SegmentationError | None) -> bool:
-        if not (self._by_digest and isinstance(error, NotFoundError) and error.reason == "IMAGE_NOT_FOUND"):
-            return False
-        if isinstance(self._source, NewSession):
-            self._source.sent.discard(self._source.file.digest)
-        self._by_digest = False
-        return True
-
     def _may_come_back(self, error: SegmentationError | None) -> bool:
         if self.image is None or isinstance(error, SessionClosedError):
             return False  # while opening, the caller decides
         if error is None or error.code is grpc.StatusCode.UNAVAILABLE or error.reason == "OVERLOADED":
             return True
         return error.code in _TRANSPORT and not error.reason
-
-
-def _with_image(
-    config: refine_pb2.RefineConfig, file: EncodedFile, *, by_digest: bool
-) -> Iterator[refine_pb2.RefineRequest]:
-    """Return the messages that open a session: with the image's digest, with the file, or with the file in chunks."""
-    in_chunks = not by_digest and len(file.data) > INLINE_BYTES
-    if in_chunks:
-        config.upload.CopyFrom(upload_header(file))
-    else:
-        config.image.CopyFrom(image_message(file, by_digest=by_digest))
-    yield refine_pb2.RefineRequest(config=config)
-    for chunk in image_chunks(file) if in_chunks else ():
-        yield refine_pb2.RefineRequest(image=chunk)
