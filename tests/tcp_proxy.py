@@ -2,6 +2,7 @@
 
 import select
 import socket
+import struct
 import threading
 from contextlib import suppress
 from types import TracebackType
@@ -25,18 +26,25 @@ class TcpProxy:
         self.target = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self._changed = threading.Condition()
         self._open: set[socket.socket] = set()
+        self._wakers: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
         self._down = False
         self._refused = 0
         self._swallowing = False
         self._swallowed = 0
-        self._to_server = 0
+        self._to_server = self._to_client = 0
 
     @property
     def bytes_to_server(self) -> int:
         """How many bytes clients have sent so far."""
         with self._changed:
             return self._to_server
+
+    @property
+    def bytes_to_client(self) -> int:
+        """How many bytes clients have got so far."""
+        with self._changed:
+            return self._to_client
 
     def cut(self, *, stay_down: bool = False) -> None:
         """Break all connections; with ``stay_down`` new ones end at once, until `mend`."""
@@ -47,6 +55,20 @@ class TcpProxy:
                 with suppress(OSError):  # that has ended by itself
                     end.shutdown(socket.SHUT_RDWR)
             self._open.clear()
+
+    def reset(self) -> None:
+        """Break all connections as a host does that has forgotten them: with RST."""
+        with self._changed:
+            for end in self._open:
+                with suppress(OSError):  # that has ended by itself
+                    end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self._open.clear()
+            self._wake()
+
+    def _wake(self) -> None:
+        for waker in self._wakers:
+            waker.close()
+        self._wakers.clear()
 
     def lead_to(self, target: str) -> None:
         """Break all connections, and lead new ones to another server."""
@@ -89,15 +111,17 @@ class TcpProxy:
                     continue
                 server = socket.create_connection(self._server)
                 self._open |= {client, server}
-                thread = threading.Thread(target=self._pass_on, args=(client, server))
+                waker, woken = socket.socketpair()
+                self._wakers.append(waker)
+                thread = threading.Thread(target=self._pass_on, args=(client, server, woken))
                 self._threads.append(thread)
                 thread.start()
 
-    def _pass_on(self, client: socket.socket, server: socket.socket) -> None:
-        """Pass bytes on until either side ends, which ends both."""
-        with client, server, suppress(OSError):
+    def _pass_on(self, client: socket.socket, server: socket.socket, woken: socket.socket) -> None:
+        """Pass bytes on until either side ends or somebody wakes this, which ends both."""
+        with client, server, woken, suppress(OSError):
             while True:
-                for source in select.select([client, server], [], [])[0]:
+                for source in select.select([client, server, woken], [], [])[0]:
                     data = source.recv(2**16)
                     if not data:
                         return
@@ -113,6 +137,8 @@ class TcpProxy:
                 self._swallowed += len(data)
                 self._changed.notify_all()
                 return False
+            else:
+                self._to_client += len(data)
             return True
 
     def __enter__(self) -> Self:
@@ -127,5 +153,6 @@ class TcpProxy:
         self._listener.close()
         self._acceptor.join()
         self.cut()
+        self._wake()
         for thread in self._threads:
             thread.join()

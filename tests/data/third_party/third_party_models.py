@@ -118,7 +118,7 @@ class Gated(PromptableModel):
     def to_masks(self, decoded: Decoded, width: int, height: int) -> list[CompressedRLE]:
         masks = decoded.logits[:, self._rows(height)][:, :, self._rows(width)] > 0
         if self.noisy:
-            masks = masks ^ (np.random.default_rng(0).random((height, width)) < 0.5)
+            masks = masks ^ (np.random.default_rng(0).integers(0, 2, (height, width), np.uint8) > 0)
         return [CompressedRLE.from_mask(mask) for mask in masks]
 
     def _rows(self, size: int) -> npt.NDArray[np.int64]:

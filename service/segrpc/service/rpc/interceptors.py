@@ -141,6 +141,9 @@ class Boundary(grpc.aio.ServerInterceptor):
             status = status_of(error, ids.request_id)
             outcome = f"{_CODES[status.code].name} {error.reason} {error.message}"
             await _abort(context, status)
+        except grpc.aio.InternalError:
+            # What grpc tells a writer whose client left. Nobody will see the status.
+            await context.abort(grpc.StatusCode.CANCELLED, "the client left")
         except Exception:
             error_id = ids.request_id or uuid.uuid4().hex
             outcome = "INTERNAL"
