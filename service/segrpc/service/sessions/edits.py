@@ -103,6 +103,15 @@ class Malformed:
 
     error: SegrpcError
 
+    def __post_init__(self) -> None:
+        """Let go of the frames where the error came up: they hold what was sent, which may be large."""
+        forget_origin(self.error)
+
+
+def forget_origin(error: SegrpcError) -> None:
+    """Let go of the frames, and of all that is in them, where an error that is kept came up."""
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+
 
 PromptAction: TypeAlias = AddPoints | MovePoint | RemovePoint | SetBox | ClearBox | SetMask
 HistoryAction: TypeAlias = SelectMask | Undo | Redo | Reset

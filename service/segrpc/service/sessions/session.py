@@ -14,7 +14,16 @@ from segrpc.service.engine.base import SegmentResult, StageTimes
 from segrpc.service.errors import InvalidFieldError, OverloadedError, SegrpcError, Violation
 from segrpc.service.images.library import KnownImage
 from segrpc.service.schemas import NDArrayFloat, SegmentationInput
-from segrpc.service.sessions.edits import Edit, HistoryAction, Malformed, Prompts, Scene, SetMask, check_mask
+from segrpc.service.sessions.edits import (
+    Edit,
+    HistoryAction,
+    Malformed,
+    Prompts,
+    Scene,
+    SetMask,
+    check_mask,
+    forget_origin,
+)
 from segrpc.service.sessions.history import History, MaskSource, Round, Step
 
 KEPT_REJECTIONS = 64  # that are sent again after resuming
@@ -247,6 +256,7 @@ class Session:
                 self._apply(edit, plan)
                 plan.accepted = True
             except SegrpcError as error:
+                forget_origin(error)
                 plan.rejected.append((edit, error))
             plan.edits.append(edit)
             if self.options.every_edit:
