@@ -21,7 +21,9 @@ log = logging.getLogger("segrpc.engine")
 
 STOP_SECONDS = 10.0  # for unloading the models; then the process is killed
 
-WORKER_ENVIRONMENT: dict[str, str] = {}  # what the environment does not set
+# What the operator's environment may override. Threads that wait for each other must not spin: the other lane needs the
+# processor (docs/adr/0006-worker.md).
+WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 # -P: no code is imported from the folder that the server happens to be started in.
 _COMMAND = (sys.executable, "-P", "-m", "segrpc.service.engine.worker")
@@ -155,6 +157,7 @@ class Child:
         """Have a work done; see `Backend.run`."""
         if self._ended:
             raise WorkerLost
+        token.check()
         number = next(self._numbers)
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._calls[number] = answer

@@ -94,6 +94,7 @@ class SharedEncodes:
             DeadlineError: If the token says to stop.
             WorkerLost, SegrpcError: As `Backend.run`.
         """
+        token.check()  # or work would start that has to be stopped at once
         key = (work.model, work.digest)
         encode = self._encodes.get(key)
         own = encode is None or encode is stale

@@ -1,0 +1,109 @@
+"""Lanes and tokens: order, dropping, and the thread's priority."""
+
+import os
+import sys
+import threading
+from collections.abc import Sequence
+
+import pytest
+
+from segrpc.service.engine.base import CancelToken, StageTimes
+from segrpc.service.engine.lanes import Lane
+from segrpc.service.engine.work import EncodedImage, Ticket, TouchWork, Work
+from segrpc.service.errors import DeadlineError
+from segrpc.service.images.decode import ImageHeader
+
+
+def work(name: str) -> Work:
+    return TouchWork("model", name)
+
+
+class Recorder:
+    """Notes what a lane hands over; the first time it waits until it is let go."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[str]] = []
+        self.nice: int | None = None
+        self.busy, self.go = threading.Event(), threading.Event()
+
+    def __call__(self, tickets: Sequence[Ticket]) -> None:
+        self.seen.append([str(getattr(ticket.work, "digest", "")) for ticket in tickets])
+        self.nice = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        self.busy.set()
+        assert self.go.wait(30)
+        for ticket in tickets:
+            ticket.settle(EncodedImage(ImageHeader(1, 1, 1), StageTimes()))
+
+
+@pytest.mark.parametrize(("most", "seen"), [(1, [["a"], ["b"], ["c"], ["d"]]), (2, [["a"], ["b", "c"], ["d"]])])
+def test_works_are_done_in_order_and_those_that_wait_together(most: int, seen: list[list[str]]) -> None:
+    recorder = Recorder()
+    lane = Lane("test", recorder, most=most)
+    futures = [lane.submit(work("a"), CancelToken())]
+    assert recorder.busy.wait(30)
+    futures += [lane.submit(work(name), CancelToken()) for name in "bcd"]
+    recorder.go.set()
+    lane.close()
+    assert recorder.seen == seen
+    waited = [future.result(0).times.queue for future in futures]
+    assert min(waited) > 0
+    with pytest.raises(RuntimeError, match="closed"):
+        lane.submit(work("e"), CancelToken())
+
+
+def test_a_cancelled_work_leaves_the_queue_at_once() -> None:
+    recorder = Recorder()
+    lane = Lane("test", recorder)
+    running, token = CancelToken(), CancelToken()
+    first = lane.submit(work("a"), running)
+    assert recorder.busy.wait(30)
+    dropped = lane.submit(work("b"), token)
+    token.cancel()
+    running.cancel()
+    with pytest.raises(DeadlineError):
+        dropped.result(0)
+    with pytest.raises(DeadlineError):
+        lane.submit(work("c"), token).result(0)
+    assert not first.done()  # what runs looks at its token by itself
+    recorder.go.set()
+    lane.close()
+    assert recorder.seen == [["a"]]
+
+
+def test_an_exception_is_for_whoever_waits() -> None:
+    def fail(tickets: Sequence[Ticket]) -> None:
+        raise KeyError("words")
+
+    lane = Lane("test", fail)
+    for _ in range(2):
+        with pytest.raises(KeyError, match="words"):
+            lane.submit(work("a"), CancelToken()).result(30)
+    lane.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux only")
+def test_a_lane_can_have_a_lower_priority() -> None:
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    recorder = Recorder()
+    recorder.go.set()
+    lane = Lane("test", recorder, nice=10)
+    lane.submit(work("a"), CancelToken()).result(30)
+    lane.close()
+    assert recorder.nice == 10
+    assert os.getpriority(os.PRIO_PROCESS, 0) == own
+
+
+def test_a_token_tells_once_and_can_be_told_to_forget() -> None:
+    token, told = CancelToken(), []
+    token.on_cancel(lambda: told.append("a"))
+    forget = token.on_cancel(lambda: told.append("b"))
+    forget()
+    forget()
+    token.check()
+    token.cancel()
+    token.cancel()
+    token.on_cancel(lambda: told.append("c"))
+    assert told == ["a", "c"]
+    with pytest.raises(DeadlineError, match="caller left"):
+        token.check()
+    assert (CancelToken().remaining(), CancelToken(-1.0).remaining()) == (None, 0.0)
