@@ -12,7 +12,7 @@ from segrpc.service.images.decode import RGBImage, decode_image
 from segrpc.service.models.base import Decoded, DecodeRequest, Embedding, PromptableModel, SegmentationModel
 from segrpc.service.schemas import CompressedRLE, ModelMetadata, NDArrayFloat, SegmentationInput, SegmentationOutput
 
-ENTRY_POINTS = ("bright", "broken", "held", "own-error", "together", "unloadable")
+ENTRY_POINTS = ("bright", "broken", "exiting", "held", "own-error", "together", "unloadable")
 
 
 class Held(PromptableModel):
@@ -108,6 +108,13 @@ class OwnError(Bright):
 
     def predict(self, input: SegmentationInput) -> NoReturn:  # noqa: A002
         raise self.Error("too much", "too soon")
+
+
+class Exiting(Bright):
+    """Ends its process while it is loaded, as the system does when memory runs out."""
+
+    def load_model(self) -> None:
+        os._exit(5)
 
 
 class Unloadable(Bright):

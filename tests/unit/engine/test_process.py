@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from segrpc.service.engine import process
-from segrpc.service.engine.base import CancelToken, Engine
-from segrpc.service.errors import DeadlineError, WorkerUnavailableError
+from segrpc.service.engine.base import CancelToken, Engine, EngineOptions
+from segrpc.service.engine.factory import create_engine
+from segrpc.service.errors import DeadlineError, ModelLoadError, WorkerUnavailableError
+from segrpc.service.schemas import ModelDeploymentConfig
 from tests.unit.engine.conftest import ask, click, encoding, picture, running
 from tests.unit.engine.gates import Gate, embeds
 
@@ -108,6 +110,13 @@ async def test_a_worker_that_cannot_be_started_again(
     monkeypatch.undo()
     (tmp_path / "unloadable").unlink()
     assert len((await ask(engine, A)).output.masks) == 1
+
+
+async def test_a_worker_that_ends_while_it_loads_is_an_error_of_loading() -> None:
+    engine = create_engine("process", EngineOptions((ModelDeploymentConfig(name="exiting"),)))
+    with pytest.raises(ModelLoadError, match="ended with status 5 while it loaded the models"):
+        await engine.start()
+    await engine.stop()
 
 
 async def test_signals_to_the_whole_group_leave_the_worker_alone(engine: Engine) -> None:

@@ -142,6 +142,8 @@ class Child:
             first = await child._first
             if isinstance(first, Failed):
                 raise first.error
+        except WorkerLost:
+            raise WorkerLost(f"a worker ended with status {await child.kill()} while it loaded the models") from None
         except BaseException:
             await child.kill()
             raise
@@ -152,6 +154,11 @@ class Child:
     def pid(self) -> int:
         """The process's id."""
         return self._process.pid
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process is gone."""
+        return self._ended
 
     async def run(self, work: Work, token: CancelToken) -> Any:
         """Have a work done; see `Backend.run`."""
@@ -219,7 +226,7 @@ class Child:
             return
         self._ended = True
         if not self._first.done():
-            self._first.set_exception(WorkerLost("the worker process ended while it loaded the models"))
+            self._first.set_exception(WorkerLost())
         else:
             self._lost()
         for waiting in self._calls.values():

@@ -10,7 +10,7 @@ from segrpc.service.engine.child import Child
 from segrpc.service.engine.dispatch import RETRY_AFTER, Dispatcher
 from segrpc.service.engine.waiting import until
 from segrpc.service.engine.work import Holdings, Work, WorkerLost
-from segrpc.service.errors import SegrpcError, WorkerUnavailableError
+from segrpc.service.errors import ModelLoadError, SegrpcError, WorkerUnavailableError
 
 log = logging.getLogger("segrpc.engine")
 
@@ -38,7 +38,10 @@ class ProcessBackend:
 
     async def start(self) -> tuple[ServedModel, ...]:
         """Start the first process."""
-        child = await Child.start(self._options, self._device, self._lost)
+        try:
+            child = await Child.start(self._options, self._device, self._lost)
+        except WorkerLost as error:
+            raise ModelLoadError(f"{error}; is there enough memory?") from error
         self._child = asyncio.get_running_loop().create_future()
         self._up(child)
         return child.models
@@ -60,13 +63,7 @@ class ProcessBackend:
         """
         if self._child is None:
             raise RuntimeError("the engine is not started")
-        try:
-            async with asyncio.timeout(None if self._child.done() else WAIT_SECONDS):
-                child = await until(self._child, token)
-        except TimeoutError:
-            raise WorkerUnavailableError(
-                f"no worker process could be started for {WAIT_SECONDS:g} s; the server's log says why", RETRY_AFTER
-            ) from None
+        child = self._ready() or await self._next(self._child, token)
         return await child.run(work, token)
 
     def release(self, model: str, digest: str) -> None:
@@ -91,6 +88,15 @@ class ProcessBackend:
         child = self._ready()
         return child.pid if child is not None else None
 
+    async def _next(self, coming: "asyncio.Future[Child]", token: CancelToken) -> Child:
+        try:
+            async with asyncio.timeout(WAIT_SECONDS):
+                return await until(coming, token)
+        except TimeoutError:
+            raise WorkerUnavailableError(
+                f"no worker process could be started for {WAIT_SECONDS:g} s; the server's log says why", RETRY_AFTER
+            ) from None
+
     def _ready(self) -> Child | None:
         return self._child.result() if self._child is not None and self._child.done() else None
 
@@ -98,6 +104,8 @@ class ProcessBackend:
         self._started = time.monotonic()
         if self._child is not None:
             self._child.set_result(child)
+        if child.ended:  # before anyone could be told
+            self._lost()
 
     def _lost(self) -> None:
         """Start another process. Jobs that come from now on, or are tried again, wait for it."""
