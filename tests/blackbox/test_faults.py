@@ -25,6 +25,7 @@ from segrpc.v1.refine_pb2 import (
     RefineConfig,
     RefineRequest,
     RefineResponse,
+    Reset,
     SelectMask,
     Undo,
     UploadHeader,
@@ -46,6 +47,11 @@ model_params = { gates = "GATES" }
 name = "noisy"
 model = "gated"
 model_params = { gates = "GATES", noisy = true }
+
+[[models]]
+name = "deadly"
+model = "gated"
+model_params = { gates = "GATES", deadly = true }
 """
 
 # Any edit that is lost or applied twice changes the outcome.
@@ -573,6 +579,40 @@ def test_a_worker_that_is_killed_again_and_again(start: Callable[..., Site], und
         reached.stream.finish()
         reached.stream.rest()
         assert Outcome.of(reached.stream.seen) == undisturbed["gated"]
+
+
+def test_an_edit_that_ends_the_worker_is_rejected(start: Callable[..., Site]) -> None:
+    site = start()
+    with connect(site.server) as channel, RefineStream(channel, config(fresh_image(SMALL), "deadly")) as stream:
+        stream.opened()
+        stream.edit(add_points=points((20, 12)))
+        first = stream.result()
+        stream.edit(add_points=points((40, 30), label=0))
+        rejection = stream.rejected()
+        assert (rejection.reason, len(rejection.violations)) == ("WORKER_UNAVAILABLE", 0)
+        # It changed nothing, and the session goes on.
+        stream.edit(add_points=points((40, 30)))
+        (one,) = stream.result().rounds
+        assert (one.revision, one.mask_revision, one.mask_index) == (2, 1, first.selected_mask)
+        assert [(point.x, point.y) for point in one.prompt.points] == [(20, 12), (40, 30)]
+
+
+def test_a_full_queue_rejects_edits(start: Callable[..., Site]) -> None:
+    site = start("--max-pending", "1")
+    with connect(site.server) as channel:
+        busy = decoding(site, channel, 60.0)
+        with RefineStream(channel, config(fresh_image(SMALL), "gated")) as other:
+            other.opened()
+            other.edit(add_points=points((20, 12)))
+            other.edit("b", reset=Reset())
+            rejection = other.rejected()
+            assert (rejection.reason, len(rejection.violations)) == ("OVERLOADED", 0)
+            assert other.result().shown_revision == 0
+            site.gate.release("decode")
+            busy.stream.finish()
+            busy.stream.rest()
+            other.edit(add_points=points((20, 12)))
+            assert other.result().shown_revision == 2
 
 
 def test_a_stream_that_is_lost_together_with_the_worker(

@@ -100,7 +100,7 @@ def peak_bytes(server: ServerProcess) -> int:
 
 # A worker that is killed
 
-STREAMS, EDITS = 32, 4
+STREAMS, EDITS = 32, 3
 
 
 class Progress:

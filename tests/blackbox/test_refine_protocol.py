@@ -527,6 +527,8 @@ def test_the_memory_for_sessions_is_full(start: Starter) -> None:
             failure = other.failure()
             assert_failure(failure, Code.RESOURCE_EXHAUSTED, "OVERLOADED")
             assert failure.retry_delay is not None
+        stream.edit("another", reset=Reset())
+        assert stream.rejected().reason == "OVERLOADED"
         # What computes nothing is still possible.
         stream.edit(undo=Undo())
         assert len(stream.result().prediction.masks) == 0
@@ -538,6 +540,18 @@ def test_the_memory_for_sessions_is_full(start: Starter) -> None:
         assert server.stats()["session_bytes"] == 0
         with RefineStream(channel, opening()) as other:
             other.opened()
+
+
+def test_objects_without_prompts_count(gated: grpc.Channel, models: Models) -> None:
+    with RefineStream(gated, every_edit()) as stream:
+        stream.opened()
+        before = models.server.stats()["session_bytes"]
+        for i in range(10):
+            stream.edit(f"{i % 5}", reset=Reset())
+            assert stream.result().shown_revision == 0
+        assert models.server.stats()["session_bytes"] >= before + 5 * 256
+        stream.finish()
+        assert stream.rest() == []
 
 
 def test_a_session_that_is_not_used_expires(start: Starter) -> None:

@@ -1,5 +1,6 @@
 """Models of a third party: each only subclasses `SegmentationModel`."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,6 +62,7 @@ class Gated(PromptableModel):
             ``embed.proceed``; the same with ``decode``. The file ``decodes`` there grows by a byte for each decoded
             prompt.
         noisy: Whether masks are noise, so that their encodings are large. Default: false.
+        deadly: Whether a background point ends the process. Default: false.
     """
 
     SIDE = 128
@@ -71,6 +73,7 @@ class Gated(PromptableModel):
 
     def load_model(self) -> None:
         self.gates = Path(self.config.model_params["gates"])
+        self.deadly = bool(self.config.model_params.get("deadly", False))
         self.noisy = bool(self.config.model_params.get("noisy", False))
 
     def _pass(self, stage: str) -> None:
@@ -98,6 +101,8 @@ class Gated(PromptableModel):
         return decoded
 
     def _decode(self, request: DecodeRequest) -> Decoded:
+        if self.deadly and 0 in request.labels:
+            os._exit(3)
         width, height = request.embedding.width, request.embedding.height
         y, x = np.mgrid[: self.SIDE, : self.SIDE] + 0.5
         x, y = x * width / self.SIDE, y * height / self.SIDE

@@ -19,7 +19,7 @@ from segrpc.service.errors import (
     InvalidFieldError,
     OverloadedError,
     SegrpcError,
-    UnavailableError,
+    WorkerUnavailableError,
 )
 from segrpc.service.images.library import KnownImage
 from segrpc.service.images.upload import Upload
@@ -35,7 +35,8 @@ from segrpc.v1 import refine_pb2, types_pb2
 
 T = TypeVar("T")
 
-TRIES = 5  # of a round, while the worker or the queue is not available
+QUEUE_TRIES = 5  # of a round, while the engine's queue is full
+WORKER_TRIES = 2  # of a round that the engine gave up because its worker was lost: the edit may be what ends it
 DEFAULT_RETRY_AFTER = 1.0  # seconds
 DRAINING_RETRY_AFTER = 1.0  # seconds
 CONFIG_ONCE = "the config comes once, at the beginning"
@@ -263,7 +264,7 @@ class RefineStream:
         """
         try:
             result = await self._round(session, plan) if plan.input is not None else None
-        except UnavailableError:
+        except DrainingError:
             raise
         except SegrpcError as error:
             return [] if plan.cancelled or self._taken else session.reject(plan, error)
@@ -280,8 +281,8 @@ class RefineStream:
             self._token, tries = CancelToken(), tries + 1
             try:
                 return await self._services.engine.segment(job, self._token)
-            except (OverloadedError, UnavailableError) as error:
-                if tries == TRIES:
+            except (OverloadedError, WorkerUnavailableError) as error:
+                if tries >= (QUEUE_TRIES if isinstance(error, OverloadedError) else WORKER_TRIES):
                     raise
                 await asyncio.sleep(error.retry_after or DEFAULT_RETRY_AFTER)
         return None

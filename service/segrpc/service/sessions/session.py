@@ -28,6 +28,7 @@ from segrpc.service.sessions.history import History, MaskSource, Round, Step
 
 KEPT_REJECTIONS = 64  # that are sent again after resuming
 MAX_PENDING, MAX_PENDING_BYTES = 256, 16 * 2**20  # edits that wait to be computed
+OBJECT_BYTES = 256  # about what an object takes without any round
 CANCELLED = "CANCELLED"
 
 _MAX_RANGES = 1024
@@ -272,12 +273,12 @@ class Session:
         action = edit.action
         if isinstance(action, Malformed):
             raise action.error
+        if self._budget.full and not (isinstance(action, HistoryAction) and plan.object_id in self._objects):
+            raise OverloadedError("the memory for sessions is full: finish sessions, or undo and go on from there")
         if isinstance(action, HistoryAction):
             plan.history = plan.history.changed(action)
             plan.prompts = plan.history.current.prompts
             return
-        if self._budget.full:
-            raise OverloadedError("the memory for sessions is full: finish sessions, or undo and go on from there")
         prompts = plan.prompts.edited(action, self.scene)
         given = action.logits if isinstance(action, SetMask) else None
         if given is None and plan.mask.seq and plan.input is not None:
@@ -334,7 +335,10 @@ class Session:
             history, rounds = history.pushed(Step.of(computed, result.output)), (computed,)
         elif plan.edited:
             history = history.pushed(Step())
-        known = self._objects.setdefault(plan.object_id, _Object())
+        if plan.object_id not in self._objects:
+            self._objects[plan.object_id] = _Object()
+            self._account(OBJECT_BYTES)
+        known = self._objects[plan.object_id]
         self._account(history.nbytes - known.history.nbytes)
         known.history, known.changed_at = history, self.revision
         times = None if result is None else result.times
