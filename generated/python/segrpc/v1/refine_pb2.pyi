@@ -256,7 +256,10 @@ class Resume(_message.Message):
     resume_token: _builtins.str
     """SessionOpened.resume_token. Required."""
     last_revision: _builtins.int
-    """The last revision that the client has seen; later ones are sent again. Default: 0, all objects are sent."""
+    """The last revision up to which the client has missed nothing: of each object that changed later, the result is sent
+    again. With several objects that may be less than the highest revision it has seen, since results of one object
+    overtake those of another. Default: 0, all objects are sent.
+    """
     def __init__(
         self,
         *,
@@ -650,12 +653,20 @@ class SessionOpened(_message.Message):
     IMAGE_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     RESUMED_FIELD_NUMBER: _builtins.int
+    LAST_SEQ_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The server's name for the session."""
     resume_token: _builtins.str
     """The secret that Resume needs."""
     resumed: _builtins.bool
     """Whether an earlier session was taken up again."""
+    last_seq: _builtins.int
+    """The highest number of an edit that has arrived in the session; it may still wait to be computed. Who takes a session
+    over from another client gives new edits higher numbers. 0 when none has arrived.
+    """
+    model: _builtins.str
+    """The name of the model that the session works with."""
     @_builtins.property
     def image(self) -> _types_pb2.ImageInfo:
         """The image that the session works on."""
@@ -672,10 +683,12 @@ class SessionOpened(_message.Message):
         image: _types_pb2.ImageInfo | None = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
         resumed: _builtins.bool = ...,
+        last_seq: _builtins.int = ...,
+        model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "image", b"image"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "image", b"image", "resume_token", b"resume_token", "resumed", b"resumed", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "image", b"image", "last_seq", b"last_seq", "model", b"model", "resume_token", b"resume_token", "resumed", b"resumed", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -275,7 +275,7 @@ class RefineStream:
     async def _round(self, session: Session, plan: Plan) -> SegmentResult | None:
         """Ask the engine; ask again while the worker or the queue is not available."""
         assert plan.input is not None  # the caller looked
-        job = SegmentJob(session.scene.model, session.image.digest, plan.input)
+        job = SegmentJob(session.scene.model, session.image.digest, plan.input, header=session.image.header)
         tries = 0
         while not plan.cancelled:
             self._token, tries = CancelToken(), tries + 1

@@ -149,6 +149,8 @@ def opened(attachment: Attachment, expires: float) -> refine_pb2.RefineResponse:
             image=convert.image_info(session.image.digest, session.image.header),
             expire_time=_timestamp(expires),
             resumed=attachment.resumed,
+            last_seq=session.last_seq,
+            model=session.scene.model,
         ),
     )
 

@@ -53,7 +53,7 @@ class SegmentationServicer(SegmentationServiceServicer):
         image = await self._session_image(request, context)
         try:
             given = await asyncio.to_thread(convert.segmentation_input, request, image.data)
-            result = await self._engine.segment(SegmentJob(model, image.digest, given, dtype), token)
+            result = await self._engine.segment(SegmentJob(model, image.digest, given, dtype, image.header), token)
         except SegrpcError as error:
             raise convert.in_request_terms(error) from error.__cause__
         return await asyncio.to_thread(
@@ -74,9 +74,9 @@ class SegmentationServicer(SegmentationServiceServicer):
         model = convert.model_name(self._engine.models, request.model, "model")
         convert.check_name("request_id", request.request_id)
         dtype = convert.tensor_dtype(request.tensor_dtype, "tensor_dtype")
+        image = await find_image(self._images, request.image, "image")
         if not next(served for served in self._engine.models if served.name == model).metadata.embeddings:
             raise CapabilityMissingError(f"model {model!r} has no embeddings")
-        image = await find_image(self._images, request.image, "image")
         job = EncodeJob(model, image.digest, image.data, request.return_image_embedding, dtype)
         result = await self._engine.encode(job, token)
         return await asyncio.to_thread(

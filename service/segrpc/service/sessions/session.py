@@ -179,6 +179,11 @@ class Session:
         return self._nbytes
 
     @property
+    def last_seq(self) -> int:
+        """The highest number of an edit that has arrived; 0 if none has."""
+        return self._seen.highest
+
+    @property
     def pending(self) -> int:
         """How many edits wait for being committed."""
         return len(self._pending)

@@ -42,7 +42,7 @@ def exported() -> dict[str, Any]:
     state.submit(AddPoints([(1, 1)], object_id="b"))
     state.received(result(4, 4, object_id="b", rounds=[round_of(4, (1, 1), multimask_output=True)], scores=(1, 0)))
     image = ImageInfo(IMAGE.digest, IMAGE.width, IMAGE.height, 1)
-    export = state.ledger.history.export(image, state.options, state.ledger.latest)
+    export = state.ledger.history.export(image, "sam", state.options, state.ledger.latest)
     loaded: dict[str, Any] = json.loads(json.dumps(export))
     assert loaded == export, "values of JSON only"
     return loaded
@@ -82,7 +82,7 @@ def test_logits_of_another_process_and_of_rejected_edits() -> None:
     state.submit(SetMask(LOGITS))
     state.received(rejected(1, 1))
     state.received(result(9, 1, rounds=[round_of(1, (1, 1), mask_seq=1)]))
-    export = state.ledger.history.export(ImageInfo("", 4, 2, 1), {}, state.ledger.latest)
+    export = state.ledger.history.export(ImageInfo("", 4, 2, 1), "sam", {}, state.ledger.latest)
     assert export["rounds"][0]["mask"] == {"seq": 1}
     with pytest.raises(ValueError, match="mask input of revision 1"):
         run(export, [])

@@ -25,7 +25,6 @@ from segrpc.client import (
 from segrpc.client.codec import load_image
 from segrpc.client.errors import _Details
 from segrpc.client.flow import CHUNK_BYTES, INLINE_BYTES, SentImages
-from segrpc.client.sessions.ledger import TAKEOVER_GAP
 from segrpc.client.sessions.source import ExistingSession, NewSession
 from segrpc.client.sessions.state import SessionState
 from segrpc.client.sessions.types import RefineOptions
@@ -430,11 +429,13 @@ def test_taking_over_starts_above_the_numbers_that_may_be_under_way() -> None:
     state = SessionState(ExistingSession("the-session", "secret"), {}, 60.0)
     (request,) = state.opening(0.0)
     assert request.config.resume == refine_pb2.Resume(session_id="the-session", resume_token="secret")
-    state.received(opened(5, revision=3, resumed=True))
+    under_way = opened(5, revision=3, resumed=True)
+    under_way.opened.last_seq = 9
+    state.received(under_way)
     for object_id in "ab":
         state.received(result(5, 3, object_id=object_id))
     assert set(state.ledger.latest) == {"a", "b"}
-    assert state.submit(CLICK) == 5 + TAKEOVER_GAP + 1
+    assert state.submit(CLICK) == 10
 
 
 # The end

@@ -39,13 +39,15 @@ class History:
         """Forget what `add_logits` remembered: the edit was rejected."""
         self._logits.pop(seq, None)
 
-    def export(self, image: ImageInfo, options: RefineOptions, latest: Mapping[str, RefineResult]) -> dict[str, Any]:
+    def export(
+        self, image: ImageInfo, model: str, options: RefineOptions, latest: Mapping[str, RefineResult]
+    ) -> dict[str, Any]:
         """Return everything as values of JSON; as `BaseSession.export` describes them."""
         return {
             "format": FORMAT,
             "version": VERSION,
             "image": {"digest": image.digest, "width": image.width, "height": image.height},
-            "model": options.get("model", ""),
+            "model": model,
             "options": {name: value for name, value in options.items() if name in _REPRODUCED},
             "rounds": [self._round(self.rounds[revision]) for revision in sorted(self.rounds)],
             "objects": {

@@ -10,8 +10,6 @@ from segrpc.client.sessions.types import RefineResult
 from segrpc.v1 import refine_pb2
 
 UNREAD_RESULTS = 1000
-# A session that was taken over may have edits in its queue whose numbers nobody here knows.
-TAKEOVER_GAP = 1_000_000
 
 
 class Ledger:
@@ -67,18 +65,16 @@ class Ledger:
         self._cancelled_through = max(self._cancelled_through, through)
         return refine_pb2.RefineRequest(cancel=refine_pb2.CancelThrough(seq=through))
 
-    def begin_stream(self, applied_seq: int, *, taken_over: bool) -> Iterator[refine_pb2.RefineRequest]:
+    def begin_stream(self, applied_seq: int, last_seq: int) -> Iterator[refine_pb2.RefineRequest]:
         """Return what is to be sent again on a new stream.
 
         Args:
             applied_seq: The last edit that the server has applied.
-            taken_over: Whether the edits until now were another client's.
+            last_seq: The last edit that has arrived there; of a session that was taken over, another client's.
         """
         self.progress = False
         self._sent_again = applied_seq
-        self._last_seq = max(self._last_seq, applied_seq)
-        if taken_over:
-            self._last_seq += TAKEOVER_GAP
+        self._last_seq = max(self._last_seq, last_seq)
         self.applied(applied_seq)
         yield from self._log.values()
         if self._cancelled_through > applied_seq and self._log:

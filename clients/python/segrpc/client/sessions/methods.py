@@ -102,7 +102,9 @@ class BaseSession(ABC, Generic[Answer_co]):
         process set, before the session was resumed here, is ``{"seq"}``; such a round cannot be replayed.
         """
         with self._guard:
-            return self._state.ledger.history.export(self.image, self._state.options, self._state.ledger.latest)
+            return self._state.ledger.history.export(
+                self.image, self._state.model, self._state.options, self._state.ledger.latest
+            )
 
     # Without waiting
 

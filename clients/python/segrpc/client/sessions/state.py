@@ -42,6 +42,7 @@ class SessionState:
         self.options = options
         self.ledger = Ledger(keep_all=isinstance(source, ExistingSession) or options.get("edit_policy") == "every_edit")
         self.image: ImageInfo | None = None
+        self.model = ""  # as the server says
         self.session_id, self.resume_token = "", ""
         if isinstance(source, ExistingSession):
             self.session_id, self.resume_token = source.session_id, source.resume_token
@@ -216,15 +217,15 @@ class SessionState:
             raise self._failure or SessionClosedError()
 
     def _opened(self, opened: refine_pb2.SessionOpened, applied_seq: int) -> None:
-        taken_over = opened.resumed and self.image is None
         self._open = True
         self.image = image_info(opened.image)
         self.session_id, self.resume_token = opened.session_id, opened.resume_token
+        self.model = opened.model
         self.expire_time = opened.expire_time.ToDatetime(UTC)
         self.draining = None
         if isinstance(self._source, NewSession):
             self._source.arrived()
-        self._messages.extend(self.ledger.begin_stream(applied_seq, taken_over=taken_over))
+        self._messages.extend(self.ledger.begin_stream(applied_seq, opened.last_seq))
         if self._finishing:
             self._messages.append(refine_pb2.RefineRequest(finish=refine_pb2.Finish()))
 
