@@ -133,6 +133,12 @@ class CompressedRLE(_Value):
         # Not validated again: the counts are our own.
         return cls.model_construct(size=(mask.shape[0], mask.shape[1]), counts=rle.encode(mask))
 
+    @classmethod
+    def from_runs(cls, runs: rle.Runs, height: int, width: int) -> Self:
+        """Encode runs in column-major order, background first, that sum to ``height * width``."""
+        # Not validated: the runs are our own.
+        return cls.model_construct(size=(height, width), counts=rle.compress(runs))
+
     def to_mask(self) -> rle.BoolMask:
         """Decode into ``[height, width]`` of bool."""
         return rle.decode(self.counts, *self.size)

@@ -31,6 +31,7 @@ from segrpc.service.models.grabcut_labels import (
 )
 from segrpc.service.models.registry import register_model
 from segrpc.service.schemas import CompressedRLE, ModelDeploymentConfig, ModelMetadata
+from segrpc.service.upsampling import runs_above_zero
 
 _CLICK_RADIUS = 2.0  # cells around a click that are as it says: bilinear upsampling reads no others at the click
 _FINE_BAND = 5.0  # cells on both sides of the coarse outline that the cut at full resolution decides
@@ -112,8 +113,8 @@ class GrabCut(PromptableModel):
 
     def to_masks(self, decoded: Decoded, width: int, height: int) -> list[CompressedRLE]:
         """Upsample the logits bilinearly and threshold them strictly above 0."""
-        upsampled = (cv2.resize(one, (width, height), interpolation=cv2.INTER_LINEAR) for one in decoded.logits)
-        return [CompressedRLE.from_mask(one > 0.0) for one in upsampled]
+        found = (runs_above_zero(logits, height, width) for logits in decoded.logits)
+        return [CompressedRLE.from_runs(runs, height, width) for runs in found]
 
 
 def _smooth_lab(pixels: npt.NDArray[np.uint8]) -> Float32Array:

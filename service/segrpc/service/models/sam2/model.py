@@ -3,8 +3,12 @@
 Each step repeats the reference (``sam2.sam2_image_predictor`` of sam2 1.1) operation for operation, so that in float32
 on a CPU logits and masks are bit-identical. What differs: the encoded image is a value instead of the predictor's
 state, there is no torchvision, and the object score is kept.
+
+Prompts are decoded by `FastDecoder`, which is equal up to rounding, or with ``decoder = "reference"`` by the network of
+the reference itself, bit for bit.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -22,7 +26,13 @@ from segrpc.service.models.registry import register_model
 from segrpc.service.models.sam2 import hub
 from segrpc.service.models.sam2.catalog import VARIANTS
 from segrpc.service.models.sam2.checkpoint import build_model, identify, read_checkpoint
+from segrpc.service.models.sam2.decoder import FastDecoder
+from segrpc.service.models.sam2.decoder_image import FastFeatures
+from segrpc.service.models.sam2.decoder_reader import UnsupportedDecoderError
+from segrpc.service.models.sam2.masks import mask_runs
 from segrpc.service.schemas import CompressedRLE, FloatType, ModelDeploymentConfig, ModelMetadata, NDArrayFloat
+
+log = logging.getLogger("segrpc.sam2")
 
 _MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as the reference normalises
 _STD = (0.229, 0.224, 0.225)
@@ -30,6 +40,7 @@ _DTYPES: dict[FloatType, torch.dtype] = {"float32": torch.float32, "float16": to
 _PARAMS: dict[str, tuple[type, ...]] = {
     "checkpoint": (str, Path),
     "config": (str,),
+    "decoder": (str,),
     "device": (str,),
     "dtype": (str,),
     "hub_id": (str,),
@@ -46,6 +57,14 @@ class _Features:
     image_embed: torch.Tensor  # [1, 256, S/16, S/16]
     high_res: tuple[torch.Tensor, torch.Tensor]  # [1, 32, S/4, S/4], [1, 64, S/8, S/8]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(one.nbytes for one in (self.image_embed, *self.high_res))
+
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "_Features":
+        fine, medium = self.high_res
+        return _Features(move(self.image_embed), (move(fine), move(medium)))
+
 
 @register_model("sam2", *VARIANTS)
 class Sam2(PromptableModel):
@@ -56,6 +75,7 @@ class Sam2(PromptableModel):
         hub_id: Another repository of the hub to look for it in.
         config: The name of a configuration in the package ``sam2``. Default: that of the registered name; under the
             name ``sam2`` it is told from the weights.
+        decoder: ``fast`` (the default) or ``reference``, which gives the reference's very bits.
         device: ``auto`` (the default: CUDA if there is any), ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``float32`` (the default), ``bfloat16`` or ``float16``: the precision of autocast.
         threads: Threads for computing on the CPU; sets them for the whole process. Default: as torch chooses.
@@ -64,6 +84,7 @@ class Sam2(PromptableModel):
     takes_device = True
 
     _model: SAM2Base
+    _fast: FastDecoder | None = None
     # Work of the two threads that the service uses runs on streams of their own; None on a CPU.
     _encode_stream: torch.cuda.Stream | None = None
     _decode_stream: torch.cuda.Stream | None = None
@@ -85,6 +106,9 @@ class Sam2(PromptableModel):
         dtype: FloatType = params.get("dtype") or "float32"
         if dtype not in _DTYPES:
             raise ModelLoadError(f"dtype {dtype!r} is unknown; give float32, bfloat16 or float16")
+        self._decoder = params.get("decoder") or "fast"
+        if self._decoder not in ("fast", "reference"):
+            raise ModelLoadError(f"decoder {self._decoder!r} is unknown; give fast or reference")
         self._dtype = dtype
         self._device = _device(params.get("device") or "auto")
 
@@ -121,6 +145,24 @@ class Sam2(PromptableModel):
             self._encode_stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             self._decode_stream = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
             torch.cuda.synchronize(self._device)  # the weights came over another stream
+        if self._decoder == "fast":
+            try:
+                self._fast = FastDecoder(self._model, _DTYPES[self._dtype])
+            except UnsupportedDecoderError as error:
+                log.warning("model %r is decoded by the reference's network, because %s", self.config.name, error)
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Decode a first click and a refinement, so that nobody waits for what is set up by the first calls."""
+        with self._computing(self._decode_stream):
+            coarse, fine, medium = (
+                torch.zeros(shape, dtype=dtype, device=self._device)
+                for shape, dtype in zip(self._map_shapes(), self._map_dtypes(), strict=True)
+            )
+            embedding = self._embedding(1, 1, (fine, medium, coarse))
+        point, label = np.full((1, 2), 0.5, np.float32), np.ones(1, np.int32)
+        first = self.decode([DecodeRequest(embedding, point, label, None, None, 3)])[0]
+        self.decode([DecodeRequest(embedding, point, label, None, first.logits[:1], 1)])
 
     def _checkpoint(self) -> Path:
         params = self.config.model_params
@@ -139,6 +181,7 @@ class Sam2(PromptableModel):
     def unload(self) -> None:
         """Free the network and the device's memory."""
         del self._model
+        self._fast = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -151,7 +194,7 @@ class Sam2(PromptableModel):
                 features[-1] = features[-1] + self._model.no_mem_embed
             # The finest first, each as [1, channels, height, width].
             maps = [f.permute(1, 2, 0).view(1, -1, *size) for f, size in zip(features, sizes, strict=True)]
-        return self._embedding(image.shape[1], image.shape[0], maps)
+            return self._embedding(image.shape[1], image.shape[0], maps)
 
     def _preprocess(self, image: RGBImage) -> torch.Tensor:
         size = self._model.image_size
@@ -163,8 +206,22 @@ class Sam2(PromptableModel):
 
     def _embedding(self, width: int, height: int, maps: Sequence[torch.Tensor]) -> Embedding:
         fine, medium, coarse = maps
-        nbytes = sum(m.numel() * m.element_size() for m in maps)
-        return Embedding(width, height, _Features(coarse, (fine, medium)), nbytes)
+        features = self._fast.prepare(coarse, fine, medium) if self._fast else _Features(coarse, (fine, medium))
+        return Embedding(width, height, features, features.nbytes)
+
+    def _map_shapes(self) -> list[tuple[int, int, int, int]]:
+        """Return the shapes of the feature maps: the coarse one, the fine one and the medium one."""
+        side, decoder = self._model.image_size // 4, self._model.sam_mask_decoder
+        shapes = [(1, self._model.hidden_dim, side // 4, side // 4)]
+        channels = [decoder.conv_s0.out_channels, decoder.conv_s1.out_channels]
+        return shapes + [(1, c, side >> level, side >> level) for level, c in enumerate(channels)]
+
+    def _map_dtypes(self) -> list[torch.dtype]:
+        """Return the element types that autocast gives them.
+
+        The finer ones come out of convolutions; the coarse one is a sum, and float32.
+        """
+        return [torch.float32, _DTYPES[self._dtype], _DTYPES[self._dtype]]
 
     @property
     def batches(self) -> bool:
@@ -196,27 +253,41 @@ class Sam2(PromptableModel):
 
     def _decode(self, requests: Sequence[DecodeRequest]) -> list[Decoded]:
         """Decode requests of equal shape in one call of the network."""
-        features: list[_Features] = [request.embedding.features for request in requests]
-        encoder, decoder = self._model.sam_prompt_encoder, self._model.sam_mask_decoder
+        features = [request.embedding.features for request in requests]
+        points, multimask = self._tokens(requests), requests[0].num_masks > 1
         given = [request.mask_input for request in requests if request.mask_input is not None]
         masks = torch.tensor(np.stack(given), device=self._device) if given else None
-        sparse, dense = encoder(points=self._tokens(requests), boxes=None, masks=masks)
+        if self._fast:
+            logits, scores, object_scores = self._fast.decode(features, points, masks, multimask)
+        else:
+            logits, scores, object_scores = self._decode_as_reference(features, points, masks, multimask)
+        results = zip(
+            logits.float().cpu().numpy(),
+            scores.float().cpu().numpy(),
+            object_scores.float().cpu().numpy(),
+            strict=True,
+        )
+        return [Decoded(logits, scores, float(object_score)) for logits, scores, object_score in results]
+
+    def _decode_as_reference(
+        self,
+        features: Sequence[_Features],
+        points: tuple[torch.Tensor, torch.Tensor] | None,
+        masks: torch.Tensor | None,
+        multimask: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        encoder, decoder = self._model.sam_prompt_encoder, self._model.sam_mask_decoder
+        sparse, dense = encoder(points=points, boxes=None, masks=masks)
         logits, scores, _, object_scores = decoder(
             image_embeddings=_stack([f.image_embed for f in features]),
             image_pe=encoder.get_dense_pe(),
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,
-            multimask_output=requests[0].num_masks > 1,
+            multimask_output=multimask,
             repeat_image=False,
             high_res_features=[_stack([f.high_res[level] for f in features]) for level in range(2)],
         )
-        results = zip(
-            logits.float().cpu().numpy(),
-            scores.float().cpu().numpy(),
-            object_scores[:, 0].float().cpu().numpy(),
-            strict=True,
-        )
-        return [Decoded(logits, scores, float(object_score)) for logits, scores, object_score in results]
+        return logits, scores, object_scores[:, 0]
 
     def _tokens(self, requests: Sequence[DecodeRequest]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return coordinates ``[b, n, 2]`` in the model's frame and labels ``[b, n]``: the box's corners come first."""
@@ -235,19 +306,19 @@ class Sam2(PromptableModel):
     def to_masks(self, decoded: Decoded, width: int, height: int) -> list[CompressedRLE]:
         """Upsample the logits (not clamped) and threshold them strictly above 0."""
         with self._computing(self._decode_stream):
-            logits = torch.from_numpy(decoded.logits).to(self._device)[None]
-            upsampled = functional.interpolate(logits, (height, width), mode="bilinear", align_corners=False)
-            masks = (upsampled[0] > 0.0).cpu().numpy()
-        return [CompressedRLE.from_mask(mask) for mask in masks]
+            found = mask_runs(torch.from_numpy(decoded.logits).to(self._device), height, width)
+        return [CompressedRLE.from_runs(runs, height, width) for runs in found]
 
     def export_embedding(self, embedding: Embedding, dtype: FloatType) -> tuple[NDArrayFloat, list[NDArrayFloat]]:
         """Return ``[1, 256, 64, 64]``, and ``[1, 32, 256, 256]`` with ``[1, 64, 128, 128]``."""
-        features: _Features = embedding.features
+        features: _Features | FastFeatures = embedding.features
         with self._computing(self._decode_stream):
-            coarse, *fine = (
-                NDArrayFloat.from_numpy(tensor.float().cpu().numpy(), dtype)
-                for tensor in (features.image_embed, *features.high_res)
-            )
+            if self._fast and isinstance(features, FastFeatures):
+                maps = self._fast.maps(features)
+            else:
+                assert isinstance(features, _Features)
+                maps = (features.image_embed, *features.high_res)
+            coarse, *fine = (NDArrayFloat.from_numpy(tensor.float().cpu().numpy(), dtype) for tensor in maps)
         return coarse, fine
 
     def offload(self, embedding: Embedding) -> Embedding | None:
@@ -264,18 +335,12 @@ class Sam2(PromptableModel):
         self, image_embedding: NDArrayFloat, high_resolution_features: list[NDArrayFloat], width: int, height: int
     ) -> Embedding:
         """See `PromptableModel.import_embedding`."""
-        side = self._model.image_size // 4
-        channels = [
-            self._model.sam_mask_decoder.conv_s0.out_channels,
-            self._model.sam_mask_decoder.conv_s1.out_channels,
-        ]
-        given = [image_embedding, *high_resolution_features]
-        expected = [(1, self._model.hidden_dim, side // 4, side // 4)]
-        expected += [(1, c, side >> level, side >> level) for level, c in enumerate(channels)]
+        given, expected = [image_embedding, *high_resolution_features], self._map_shapes()
         if len(given) != len(expected):
+            levels = len(expected) - 1
             raise EmbeddingMismatchError(
-                f"model {self.config.name!r} takes {len(channels)} high_resolution_features, not {len(given) - 1}",
-                [Violation("high_resolution_features", f"must be {len(channels)} tensors")],
+                f"model {self.config.name!r} takes {levels} high_resolution_features, not {len(given) - 1}",
+                [Violation("high_resolution_features", f"must be {levels} tensors")],
             )
         names = ["image_embedding", "high_resolution_features[0]", "high_resolution_features[1]"]
         wrong = [
@@ -285,16 +350,14 @@ class Sam2(PromptableModel):
         ]
         if wrong:
             raise EmbeddingMismatchError(f"{wrong[0].field} {wrong[0].description}", wrong)
-        # As autocast leaves them: the finer levels come out of convolutions, the sum that is the coarse one is float32.
-        dtypes = [torch.float32, _DTYPES[self._dtype], _DTYPES[self._dtype]]
         with self._computing(self._decode_stream):
             coarse, fine, medium = (
                 torch.tensor(tensor.to_numpy(), device=self._device).to(dtype)
-                for tensor, dtype in zip(given, dtypes, strict=True)
+                for tensor, dtype in zip(given, self._map_dtypes(), strict=True)
             )
             # In the layout that the encoder leaves it in: another changes the order of summation, and so the last bits.
             coarse = coarse.contiguous(memory_format=torch.channels_last)
-        return self._embedding(width, height, (fine, medium, coarse))
+            return self._embedding(width, height, (fine, medium, coarse))
 
     @contextmanager
     def _computing(self, stream: torch.cuda.Stream | None) -> Iterator[None]:
@@ -319,9 +382,7 @@ def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _moved(embedding: Embedding, move: Callable[[torch.Tensor], torch.Tensor]) -> Embedding:
-    features: _Features = embedding.features
-    fine, medium = features.high_res
-    return replace(embedding, features=_Features(move(features.image_embed), (move(fine), move(medium))))
+    return replace(embedding, features=embedding.features.moved(move))
 
 
 def _device(name: str) -> torch.device:
