@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Coroutine
+from functools import partial
 from typing import Any, TypeVar
 
 from segrpc.service.engine.base import CancelToken, EncodeJob, SegmentJob, SegmentResult, ServedModel
@@ -295,7 +296,10 @@ class RefineStream:
             if isinstance(item, Rejection):
                 response = refine_convert.rejected(item)
             elif isinstance(item, ObjectResult):
-                response = refine_convert.result(item, output.mask_encoding, dtype)
+                work = partial(refine_convert.result, item, output.mask_encoding, dtype)
+                # PNG files take milliseconds to make, runs do not.
+                is_png = output.mask_encoding == types_pb2.MASK_ENCODING_PNG
+                response = await asyncio.to_thread(work) if is_png else work()
             else:
                 response = item
             await self._context.write(response)
