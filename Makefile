@@ -66,7 +66,7 @@ check-protos: $(INSTALLED) ## prove that the stubs are fresh and the contract br
 	  else echo "no protos at $(BASE): nothing that could break"; fi
 
 bench: $(INSTALLED) ## measure latencies beside the in-process reference
-	$(BIN)/python -m tests.benchmarks.unary
+	$(BIN)/python -m tests.benchmarks.clicks
 	$(BIN)/python -m tests.benchmarks.sessions
 
 serve: $(INSTALLED) ## serve the GrabCut model on 127.0.0.1:50051 (ARGS=... adds options)

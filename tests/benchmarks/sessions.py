@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from segrpc.client import RefineSession, SegmentationClient
-from tests.benchmarks.unary import MODEL
+from tests.benchmarks.clicks import MODEL
 from tests.checkpoints import write_checkpoint
 from tests.parity.reference import THREADS
 from tests.photos import load_image

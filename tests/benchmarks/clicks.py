@@ -1,15 +1,16 @@
 """What a click costs over gRPC, beside the same click of the reference predictor in this process.
 
-    python -m tests.benchmarks.unary [--rounds 15]
+    python -m tests.benchmarks.clicks [--rounds 15]
 
 Both have the same weights (SAM 2.1 tiny, random), threads and prompts, and take turns, so that what disturbs the
-machine disturbs both. The reference's click is ``SAM2ImagePredictor.predict`` and ``pycocotools.mask.encode``; the
-service's is one ``Segment`` call of the Python client, whose image is known by digest and encoded. Ratios are to be
-quoted, times are context.
+machine disturbs all. The reference's click is ``SAM2ImagePredictor.predict`` and ``pycocotools.mask.encode``; the
+service's is one ``Segment`` call of the Python client, whose image is known by digest and encoded, or an edit on the
+open stream of a session. Ratios are to be quoted, times are context.
 """
 
 import argparse
 import io
+import itertools
 import statistics
 import tempfile
 import time
@@ -46,7 +47,8 @@ def main() -> None:
             ServerProcess(*options, log=Path(folder) / "log") as server,
             SegmentationClient(server.target) as client,
         ):
-            print("| workload | in process, ms | over gRPC, ms | ratio |\n|---|---|---|---|")
+            print("| workload | in process, ms | unary, ms | stream, ms | unary ratio | stream ratio |")
+            print("|---|---|---|---|---|---|")
             for width, height in SIZES:
                 compare(reference, client, width, height, rounds)
 
@@ -67,36 +69,51 @@ def compare(reference: Reference, client: SegmentationClient, width: int, height
     point = (0.5 * width, 0.4 * height)
     prompt = Prompt(points=(point,), labels=(1,))
     logits = reference.predict(prompt, multimask=True).logits[:1]
-    measure(
-        f"first click, 3 masks, {width} x {height}",
-        lambda: reference.predict(prompt, multimask=True),
-        lambda: client.segment(data, points=[point]),
-        rounds,
-    )
-    measure(
-        f"refinement, 1 mask, {width} x {height}",
-        lambda: reference.predict(prompt, multimask=False, mask_input=logits),
-        lambda: client.segment(data, points=[point], mask_input=logits, multimask_output=False),
-        rounds,
-    )
+    with client.refine(data) as session:
+        objects = map(str, itertools.count())
+        measure(
+            f"first click, 3 masks, {width} x {height}",
+            rounds,
+            lambda: reference.predict(prompt, multimask=True),
+            lambda: client.segment(data, points=[point]),
+            lambda: session.click(*point, object_id=next(objects)),
+        )
+        session.click(*point, object_id="refined")
+        refined = Prompt(points=(point, point), labels=(1, 1))
+        measure(
+            f"refinement, 1 mask, {width} x {height}",
+            rounds,
+            lambda: reference.predict(refined, multimask=False, mask_input=logits),
+            lambda: client.segment(data, points=[point, point], mask_input=logits, multimask_output=False),
+            lambda: session.click(*point, object_id="refined"),
+            after=lambda: session.undo(object_id="refined"),
+        )
 
 
-def measure(name: str, ours: Callable[[], object], theirs: Callable[[], object], rounds: int) -> None:
-    """Run both in turns and print a line."""
-    times: tuple[list[float], list[float]] = ([], [])
+def measure(
+    name: str,
+    rounds: int,
+    *calls: Callable[[], object],
+    after: Callable[[], object] = lambda: None,
+) -> None:
+    """Run the calls in turns and print a line; ``after`` undoes what a round did, and is not timed."""
+    times: tuple[list[float], ...] = tuple([] for _ in calls)
     for i in range(rounds + 2):
-        for call, found in zip((ours, theirs), times, strict=True):
+        for call, found in zip(calls, times, strict=True):
             start = time.perf_counter()
             call()
             if i >= 2:  # the first two warm up
                 found.append(time.perf_counter() - start)
+        after()
     show(name, *times)
 
 
-def show(name: str, in_process: list[float], over_grpc: list[float]) -> None:
-    """Print the medians and their ratio."""
-    a, b = statistics.median(in_process), statistics.median(over_grpc)
-    print(f"| {name} | {a * 1e3:.1f} | {b * 1e3:.1f} | {b / a:.2f} |", flush=True)
+def show(name: str, in_process: list[float], *service: list[float]) -> None:
+    """Print the medians and their ratios to the first."""
+    reference, *medians = (statistics.median(times) for times in (in_process, *service))
+    columns = [f"{reference * 1e3:.1f}", *(f"{median * 1e3:.1f}" for median in medians), *[""] * (2 - len(medians))]
+    columns += [*(f"{median / reference:.2f}" for median in medians), *[""] * (2 - len(medians))]
+    print(f"| {name} | {' | '.join(columns)} |", flush=True)
 
 
 if __name__ == "__main__":
