@@ -36,11 +36,12 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
             server.__exit__(None, None, None)
             checkpoint.unlink()
 
-    def make(name: str, *, contrast: float = 1.0) -> Pair:
+    def make(name: str, *, contrast: float = 1.0, decoder: str = "reference") -> Pair:
         close()
         folder = tmp_path_factory.mktemp(name)
         checkpoint = write_checkpoint(name, folder, contrast=contrast)
-        server = ServerProcess("--checkpoint", str(checkpoint), "--threads", str(THREADS), log=folder / "log")
+        options = ["--checkpoint", str(checkpoint), "--threads", str(THREADS), "--decoder", decoder]
+        server = ServerProcess(*options, log=folder / "log")
         client = SegmentationClient(server.target, timeout=240)
         open_now.append((server, client, checkpoint))
         model = build_sam2(VARIANTS[name].config, str(checkpoint), device="cpu")

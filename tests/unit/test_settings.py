@@ -140,6 +140,7 @@ BAD: dict[str, list[Any]] = {
     "media_root": ["/media", 3, [3]],
     "models": [[{"name": ""}], [{}], "x", [{"name": "m" * 129}]],
     "dtype": ["float64"],
+    "decoder": ["slow", ""],
     "log_level": ["INFO"],
     "reflection": ["maybe"],
     "threads": [-1],

@@ -47,6 +47,9 @@ class Settings(BaseSettings):
     hub_id: str = Field("", description="repository of the Hugging Face hub to use instead of the published one")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: FloatType = Field("float32", description="float32, bfloat16 or float16: the precision of SAM 2")
+    decoder: Literal["fast", "reference"] = Field(
+        "fast", description="fast: equal to the reference up to rounding; reference: its own, bit for bit, and slower"
+    )
     devices: str = Field("", description="several devices, such as cuda:0,cuda:1: a worker process for each")
     engine: EngineKind = Field(
         "process",
@@ -133,7 +136,7 @@ class Settings(BaseSettings):
         """Return what to serve, the default first: the [[models]] tables, or the one model of the plain options."""
         if self.models:
             return self.models
-        set_by_operator = self.model_fields_set & {"checkpoint", "hub_id", "device", "dtype", "threads"}
+        set_by_operator = self.model_fields_set & {"checkpoint", "hub_id", "device", "dtype", "decoder", "threads"}
         params = {name: getattr(self, name) for name in set_by_operator}
         if self.checkpoint is None:
             return (ModelDeploymentConfig(name=self.model or "grabcut", model_params=params),)

@@ -47,11 +47,11 @@ class FastDecoder:
 
     def prepare(self, coarse: Tensor, fine: Tensor, medium: Tensor) -> FastFeatures:
         """Arrange an image's maps ``[1, C, S/16, S/16]``, ``[1, 32, S/4, S/4]`` and ``[1, 64, S/8, S/8]``."""
-        weights = self._weights
-        first = weights.image_layers[0]
+        weights, first = self._weights, self._weights.image_layers[0]
         tokens = coarse[0].flatten(1).t().contiguous()
-        upscaled = tokens @ self._absorbed.up.t() if self._absorbed else None
-        kvq = torch.addmm(first.position, tokens.to(weights.dtype), first.kvq.t())
+        with torch.autocast(tokens.device.type, enabled=False):
+            upscaled = tokens @ self._absorbed.up.t() if self._absorbed else None
+            kvq = torch.addmm(first.position, tokens.to(weights.dtype), first.kvq.t())
         return FastFeatures(
             tokens=tokens,
             medium=_to_blocks(medium, weights.side),

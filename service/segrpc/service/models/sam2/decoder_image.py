@@ -4,7 +4,7 @@
 `segrpc.service.models.sam2.decoder_weights`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,6 +33,22 @@ class FastFeatures:
     fine: Tensor
     first_kvq: Tensor
     upscaled: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """How much memory they take."""
+        tensors = (self.tokens, self.medium, self.fine, self.first_kvq, self.upscaled)
+        return sum(one.nbytes for one in tensors if one is not None)
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "FastFeatures":
+        """Return what `move` makes of each tensor."""
+        return FastFeatures(
+            tokens=move(self.tokens),
+            medium=move(self.medium),
+            fine=move(self.fine),
+            first_kvq=move(self.first_kvq),
+            upscaled=None if self.upscaled is None else move(self.upscaled),
+        )
 
 
 class ImageSide(Protocol):
