@@ -393,10 +393,10 @@ def examples(count: int, steps: int) -> hypothesis.settings:
 
 
 def test_any_session_with_grabcut(server: ServerProcess, machine: Callable[..., type[Session]]) -> None:
-    run_state_machine_as_test(machine(server, "grabcut"), settings=examples(20, 15))
+    run_state_machine_as_test(machine(server, "grabcut"), settings=examples(12, 15))
     server.wait_for(lambda stats: stats["sessions"] == 0 and stats["calls"] == 0)
 
 
 def test_any_session_with_sam2(sam2_server: ServerProcess, machine: Callable[..., type[Session]]) -> None:
-    run_state_machine_as_test(machine(sam2_server, "sam2.1-hiera-tiny"), settings=examples(8, 15))
+    run_state_machine_as_test(machine(sam2_server, "sam2.1-hiera-tiny"), settings=examples(6, 15))
     sam2_server.wait_for(lambda stats: stats["sessions"] == 0 and stats["calls"] == 0)
