@@ -26,6 +26,7 @@ from segrpc.service.models.registry import register_model
 from segrpc.service.models.sam2 import hub
 from segrpc.service.models.sam2.catalog import VARIANTS
 from segrpc.service.models.sam2.checkpoint import build_model, identify, read_checkpoint
+from segrpc.service.models.sam2.cuda_graphs import GraphedDecoder
 from segrpc.service.models.sam2.decoder import FastDecoder
 from segrpc.service.models.sam2.decoder_image import FastFeatures
 from segrpc.service.models.sam2.decoder_reader import UnsupportedDecoderError
@@ -85,6 +86,7 @@ class Sam2(PromptableModel):
 
     _model: SAM2Base
     _fast: FastDecoder | None = None
+    _graphed: GraphedDecoder | None = None
     # Work of the two threads that the service uses runs on streams of their own; None on a CPU.
     _encode_stream: torch.cuda.Stream | None = None
     _decode_stream: torch.cuda.Stream | None = None
@@ -150,6 +152,8 @@ class Sam2(PromptableModel):
                 self._fast = FastDecoder(self._model, _DTYPES[self._dtype])
             except UnsupportedDecoderError as error:
                 log.warning("model %r is decoded by the reference's network, because %s", self.config.name, error)
+        if self._fast and self._decode_stream:
+            self._graphed = GraphedDecoder(self._fast, self._decode_stream)
         self._warm_up()
 
     def _warm_up(self) -> None:
@@ -181,7 +185,7 @@ class Sam2(PromptableModel):
     def unload(self) -> None:
         """Free the network and the device's memory."""
         del self._model
-        self._fast = None
+        self._fast = self._graphed = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -258,7 +262,8 @@ class Sam2(PromptableModel):
         given = [request.mask_input for request in requests if request.mask_input is not None]
         masks = torch.tensor(np.stack(given), device=self._device) if given else None
         if self._fast:
-            logits, scores, object_scores = self._fast.decode(features, points, masks, multimask)
+            fast = self._graphed or self._fast
+            logits, scores, object_scores = fast.decode(features, points, masks, multimask)
         else:
             logits, scores, object_scores = self._decode_as_reference(features, points, masks, multimask)
         results = zip(
