@@ -50,14 +50,12 @@ class FastDecoder:
         weights, first = self._weights, self._weights.image_layers[0]
         tokens = coarse[0].flatten(1).t().contiguous()
         with torch.autocast(tokens.device.type, enabled=False):
-            upscaled = tokens @ self._absorbed.up.t() if self._absorbed else None
             kvq = torch.addmm(first.position, tokens.to(weights.dtype), first.kvq.t())
         return FastFeatures(
             tokens=tokens,
             medium=_to_blocks(medium, weights.side),
             fine=_to_blocks(fine, weights.side),
             first_kvq=kvq.view(len(tokens), 3, weights.num_heads, -1).permute(1, 2, 0, 3).contiguous(),
-            upscaled=upscaled,
         )
 
     def maps(self, features: FastFeatures) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,14 +11,6 @@ tokens of a prompt are few, and a projection can as well be applied to them. For
 Each is one product with H * T columns, 64 for 8 tokens, where the reference has two with 128. In the first layer the
 image's keys, values and queries are those of the embedding, made once. A mask input adds ``W_out g + b`` to an image
 token, and g has 16 channels only: so it adds products of rank 16 to those of the first layer.
-
-The first transposed convolution V, a product with 256 columns, is linear as well. A layer makes x of the image tokens
-t by ``x = norm(t + L' a)``, where a are the H * T weights of attention and L is what the tokens have to say, and
-
-    V norm(y) = r (V_g y - m V_g 1) + V b,    m and r of the norm, b its bias, V_g = V diag(its weight);
-    V x       = r (V_g t + (V_g L') a - m V_g 1 + (V b) / r),
-
-so that what V makes of the embedding, once more, takes two products with H * T columns.
 """
 
 import math
@@ -44,18 +36,6 @@ class _Layer:
             self.out = layer.out.weight.t().reshape(heads, depth, -1)  # [H, D, C]
             self.constant = layer.out.bias[None] if extra is None else (layer.out.bias + extra)[None]  # [1, C]
 
-    def fold(self, weight: Tensor, bias: Tensor) -> Tensor:
-        """Take over the convolution V, ``[4 * 64, C]``, of what the norm gives.
-
-        Returns:
-            That of what the norm is given.
-        """
-        assert self.norm is not None
-        scaled = weight * self.norm.weight
-        self.up = scaled.t().contiguous()  # [C, 4 * 64]
-        self.up_norm = torch.stack([-scaled.sum(dim=1), weight @ self.norm.bias + bias])  # times the mean, and over r
-        return scaled
-
 
 class AbsorbedWeights:
     """The weights of the image's side, arranged for `AbsorbedImage`.
@@ -71,10 +51,7 @@ class AbsorbedWeights:
         self.layers = [
             _Layer(layer, heads, prompts.no_mask if i == 0 else None) for i, layer in enumerate(weights.image_layers)
         ]
-        up, bias = weights.upscaling.first.weight, weights.upscaling.first.bias
-        for layer in reversed(self.layers[:-1]):
-            up, bias = layer.fold(up, bias), torch.zeros_like(bias)
-        self.up = up  # V of the embedding
+        self.upscaling = weights.upscaling.first
         # What 16 channels of a mask input and a constant 1 add to an image token, [17, C], and to its projections,
         # [H, 17, D]: those without a mask input, which are in the embedding, have `no_mask` in them.
         added = torch.cat([prompts.mask_out.weight.t(), prompts.mask_out.bias[None]])
@@ -96,24 +73,20 @@ class AbsorbedImage:
     """
 
     def __init__(self, weights: AbsorbedWeights, features: FastFeatures, mask: Tensor | None, num_tokens: int) -> None:
-        assert features.upscaled is not None
         self._weights, self._level, self._masked = weights, 0, mask is not None
-        self._tokens, self._upscaled = features.tokens, features.upscaled
+        self._tokens = features.tokens
         self._k, self._v, self._q = features.first_kvq  # [H, N, D] each
+        self._placed = self._tokens  # from the second layer on: with their position
         # Products with few rows are split among the threads here: MKL hardly does.
         self._parts = math.gcd(1 << (min(torch.get_num_threads(), 8).bit_length() - 1), *self._tokens.shape)
-        self._placed = self._tokens  # from the second layer on: with their position
-        self._scale = self._tokens[:, :1]  # of the last norm; set by the first update
-        # What the updates of an image token multiply, [rows, N]: two rows for the norm, those of a mask, a row of ones,
-        # and H * T of attention.
-        channels = 0 if mask is None else mask.shape[1]
-        self._ones = 2 + channels
+        # What the updates of an image token multiply, [rows, N]: the features of a mask, a row of ones, and H * T of
+        # attention.
+        self._ones = 0 if mask is None else mask.shape[1]
         self._rows = torch.empty(self._ones + 1 + weights.num_heads * num_tokens, len(self._tokens))
-        self._rows[self._ones] = 1.0
-        self._attention = self._rows[self._ones + 1 :]
-        self._mask = self._rows[2 : self._ones + 1]
+        self._mask, self._attention = self._rows[: self._ones + 1], self._rows[self._ones + 1 :]
+        self._mask[self._ones] = 1.0
         if mask is not None:
-            self._mask[:channels] = mask[0]
+            self._mask[: self._ones] = mask[0]
 
     def read(self, q: Tensor) -> Tensor:
         """See `ImageSide`."""
@@ -136,6 +109,7 @@ class AbsorbedImage:
     def write(self, k: Tensor, v: Tensor) -> None:
         """See `ImageSide`."""
         weights, layer = self._weights, self._weights.layers[self._level]
+        assert layer.norm is not None
         k, v = self._by_head(k), self._by_head(v)
         if self._level > 0:
             scores = self._later_scores(k, layer.q, torch.bmm(k, layer.q_bias).view(-1, 1))
@@ -145,36 +119,20 @@ class AbsorbedImage:
         torch.softmax(scores.view(by_head), dim=1, out=self._attention.view(by_head))
         learnt = torch.bmm(v, layer.out).flatten(0, 1)
         if self._level > 0:
-            self._update(layer, torch.cat([layer.constant, learnt]), self._ones, in_place=True)
+            # In place: these tokens are not the embedding's, and not needed any more.
+            rows, learnt = self._rows[self._ones :].t(), torch.cat([layer.constant, learnt])
+            summed = self._tokens.addmm_(rows, learnt)
         else:
-            constant = weights.mask_rows if self._masked else layer.constant
-            self._update(layer, torch.cat([constant, learnt]), 2, in_place=False)
+            learnt = torch.cat([weights.mask_rows if self._masked else layer.constant, learnt])
+            summed = torch.addmm(self._tokens, self._rows.t(), learnt)
+        self._tokens = layer.norm(summed)
         self._placed = self._tokens + weights.position
         self._level += 1
 
-    def _update(self, layer: _Layer, learnt: Tensor, start: int, in_place: bool) -> None:
-        """Let the image tokens learn, and what V makes of them.
-
-        Args:
-            layer: The layer.
-            learnt: ``[rows, C]``, what the rows of `_rows` stand for.
-            start: The first of them; the norm takes the two before.
-            in_place: Whether the tokens, which are not the embedding's, are not needed afterwards.
-        """
-        assert layer.norm is not None
-        rows, norm_rows, norm = self._rows[start:], self._rows[start - 2 : start], layer.norm
-        summed = torch.addmm(self._tokens, rows.t(), learnt, out=self._tokens if in_place else None)
-        self._tokens, mean, scale = torch.native_layer_norm(summed, norm.weight.shape, norm.weight, norm.bias, norm.eps)
-        norm_rows[0] = mean[:, 0]
-        torch.reciprocal(scale[:, 0], out=norm_rows[1])
-        up = torch.cat([layer.up_norm, learnt @ layer.up])
-        target = self._upscaled.mul_(self._scale) if in_place else self._upscaled
-        self._upscaled = torch.addmm(target, self._rows[start - 2 :].t(), up, out=target if in_place else None)
-        self._scale = scale  # [N, 1], and still to be multiplied with
-
     def upscaled(self, medium: Tensor) -> Tensor:
         """See `ImageSide`."""
-        return torch.addcmul(medium, self._upscaled, self._scale)
+        up = self._weights.upscaling
+        return (medium + up.bias).addmm_(self._tokens, up.weight.t())
 
     def _first_scores(self, of: Tensor, image: Tensor, mask: Tensor) -> Tensor:
         """Multiply tokens ``[H, T, D]`` with keys or queries of the first layer ``[H, N, D]``, a mask's included."""

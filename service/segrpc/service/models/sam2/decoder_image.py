@@ -24,31 +24,21 @@ class FastFeatures:
         medium: ``[N * 4, 64]``, and `fine`, ``[N * 16, 32]``: the finer maps in block order, that is, the 2 x 2 or
             4 x 4 pixels of an image token follow one another.
         first_kvq: ``[3, H, N, D]``, keys, values and queries of the first layer without a mask input.
-        upscaled: ``[N, 4 * 64]``, what `AbsorbedImage` needs of the first transposed convolution; None if it is not
-            used.
     """
 
     tokens: Tensor
     medium: Tensor
     fine: Tensor
     first_kvq: Tensor
-    upscaled: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """How much memory they take."""
-        tensors = (self.tokens, self.medium, self.fine, self.first_kvq, self.upscaled)
-        return sum(one.nbytes for one in tensors if one is not None)
+        return sum(one.nbytes for one in (self.tokens, self.medium, self.fine, self.first_kvq))
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "FastFeatures":
         """Return what `move` makes of each tensor."""
-        return FastFeatures(
-            tokens=move(self.tokens),
-            medium=move(self.medium),
-            fine=move(self.fine),
-            first_kvq=move(self.first_kvq),
-            upscaled=None if self.upscaled is None else move(self.upscaled),
-        )
+        return FastFeatures(move(self.tokens), move(self.medium), move(self.fine), move(self.first_kvq))
 
 
 class ImageSide(Protocol):

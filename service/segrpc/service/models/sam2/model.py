@@ -143,15 +143,15 @@ class Sam2(PromptableModel):
         self._model = build_model(state, config, self._device, f"checkpoint {str(file)!r}")
         self._mean = torch.tensor(_MEAN, device=self._device)[:, None, None]
         self._std = torch.tensor(_STD, device=self._device)[:, None, None]
-        if self._device.type == "cuda":
-            self._encode_stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            self._decode_stream = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
-            torch.cuda.synchronize(self._device)  # the weights came over another stream
         if self._decoder == "fast":
             try:
                 self._fast = FastDecoder(self._model, _DTYPES[self._dtype])
             except UnsupportedDecoderError as error:
                 log.warning("model %r is decoded by the reference's network, because %s", self.config.name, error)
+        if self._device.type == "cuda":
+            self._encode_stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            self._decode_stream = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize(self._device)  # the weights came over another stream
         if self._fast and self._decode_stream:
             self._graphed = GraphedDecoder(self._fast, self._decode_stream)
         self._warm_up()
