@@ -113,7 +113,7 @@ def decoder(model: Any) -> FastDecoder:
 
 @pytest.mark.parametrize("multimask", [True, False], ids=["three", "single"])
 @pytest.mark.parametrize("mask", [True, False], ids=["refined", "first"])
-@pytest.mark.parametrize("num_points", [0, 1, FEW, 13, 14, MANY])
+@pytest.mark.parametrize("num_points", [0, 1, FEW, 17, 18, MANY])
 def test_it_is_the_reference_up_to_rounding(
     model: Any, decoder: FastDecoder, num_points: int, mask: bool, multimask: bool
 ) -> None:

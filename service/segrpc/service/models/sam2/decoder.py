@@ -22,7 +22,7 @@ from segrpc.service.models.sam2.decoder_image import FastFeatures, ImageSide, Pr
 from segrpc.service.models.sam2.decoder_reader import read_weights
 
 # Up to so many tokens, 6 and those of the prompt, `AbsorbedImage` is the faster one (measured on 2 cores).
-_FEW_TOKENS = 20
+_FEW_TOKENS = 24
 
 # Slices of the output tokens, which are the single mask, object score, IoU, three masks.
 _FIRST, _THREE, _ALL = slice(0, 3), slice(1, 6), slice(0, 6)
