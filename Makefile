@@ -12,7 +12,7 @@ STUBS := generated/python
 BASE ?= $(shell git describe --tags --abbrev=0 2>/dev/null || echo main)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint fix protos check-protos bench serve clean
+.PHONY: help setup demo test test-large lint fix protos check-protos bench serve clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,8 +30,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## segment the shipped photos and write overlays to demo-output/
 	$(BIN)/python -m tests.demo --output demo-output
 
-test: $(INSTALLED) lint check-protos ## run all checks and tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(INSTALLED) lint check-protos ## run all checks and tests, without the larger SAM 2 sizes
+	$(BIN)/python -m pytest -m "not large" $(PYTEST_ARGS)
+
+test-large: $(INSTALLED) ## compare the larger SAM 2 sizes with the reference; minutes, and CI runs it too
+	$(BIN)/python -m pytest -m large tests/parity tests/unit/models
 
 lint: $(INSTALLED) ## check format, lint, types and the direction of imports
 	$(BIN)/ruff format --check .

@@ -130,7 +130,7 @@ class Server:
             self._add_reflection()
 
     def _add_reflection(self) -> None:
-        names = (*SERVICES, HEALTH, REFLECTION_V1, reflection.SERVICE_NAME)
+        names = (*SERVICES, HEALTH, reflection.SERVICE_NAME)  # version 1 has no descriptor that could be told
         servicer = reflection.aio.ReflectionServicer(names)
         reflection.enable_server_reflection(names, self._server)
         # Version 1 has the messages of v1alpha under another name; grpcio-reflection offers v1alpha only.
