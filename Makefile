@@ -8,6 +8,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 INSTALLED := $(VENV)/.installed
 PROTOS := $(sort $(wildcard protos/segrpc/v1/*.proto))
 STUBS := generated/python
+# The reference in the tests' own process and the servers beside it must not spin for each other's cores.
+PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 # What the contract must stay compatible with: the last release.
 BASE ?= $(shell git describe --tags --abbrev=0 2>/dev/null || echo main)
 
@@ -31,10 +33,10 @@ demo: $(INSTALLED) ## segment the shipped photos and write overlays to demo-outp
 	$(BIN)/python -m tests.demo --output demo-output
 
 test: $(INSTALLED) lint check-protos ## run all checks and tests, without the larger SAM 2 sizes
-	$(BIN)/python -m pytest -m "not large" $(PYTEST_ARGS)
+	$(PYTEST) -m "not large" $(PYTEST_ARGS)
 
 test-large: $(INSTALLED) ## compare the larger SAM 2 sizes with the reference; minutes, and CI runs it too
-	$(BIN)/python -m pytest -m large tests/parity tests/unit/models
+	$(PYTEST) -m large tests/parity tests/unit/models
 
 lint: $(INSTALLED) ## check format, lint, types and the direction of imports
 	$(BIN)/ruff format --check .
