@@ -82,7 +82,7 @@ def segmentation_input(request: segmentation_service_pb2.SegmentRequest, image: 
         InvalidFieldError: If a field is missing, out of range, not finite or of the wrong shape.
     """
     prompts, output = request.prompts, request.output
-    check_mask_encoding(output)
+    check_mask_encoding(output, "output.mask_encoding")
     mask_input = _mask_input(prompts)
     embedding = float_array(request.image_embedding, "image_embedding") if request.HasField("image_embedding") else None
     features = [
@@ -112,10 +112,10 @@ def segmentation_input(request: segmentation_service_pb2.SegmentRequest, image: 
         raise in_request_terms(InvalidFieldError.of_all(violations_of(error))) from None
 
 
-def check_mask_encoding(output: types_pb2.OutputOptions) -> None:
+def check_mask_encoding(output: types_pb2.OutputOptions, field: str) -> None:
     """Raise InvalidFieldError if the encoding is none that this version knows."""
     if output.mask_encoding not in types_pb2.MaskEncoding.values():
-        raise InvalidFieldError.of("output.mask_encoding", f"{output.mask_encoding} is unknown")
+        raise InvalidFieldError.of(field, f"{output.mask_encoding} is unknown")
 
 
 def tensor_dtype(value: types_pb2.DataType.ValueType, field: str) -> FloatType:

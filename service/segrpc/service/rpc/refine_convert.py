@@ -41,8 +41,7 @@ def refine_options(config: refine_pb2.RefineConfig, model: str, metadata: ModelM
         CapabilityMissingError: If the model cannot do it.
     """
     output = config.output
-    if output.mask_encoding not in types_pb2.MaskEncoding.values():
-        raise InvalidFieldError.of("config.output.mask_encoding", f"{output.mask_encoding} is unknown")
+    convert.check_mask_encoding(output, "config.output.mask_encoding")
     if output.return_image_embedding:
         text = "a session returns no embeddings; use EncodeImage"
         raise InvalidFieldError.of("config.output.return_image_embedding", text)
