@@ -22,7 +22,7 @@ StartEngine: TypeAlias = Callable[..., Awaitable[Engine]]
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _installed_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Make the test models an installed package, for this process and for the workers that it starts."""
     site = tmp_path_factory.mktemp("site")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from segrpc.service.engine import process
+from segrpc.service.engine import child, process
 from segrpc.service.engine.base import CancelToken, Engine, EngineOptions
 from segrpc.service.engine.factory import create_engine
 from segrpc.service.errors import DeadlineError, ModelLoadError, WorkerUnavailableError
@@ -115,6 +115,24 @@ async def test_a_worker_that_cannot_be_started_again(
 async def test_a_worker_that_ends_while_it_loads_is_an_error_of_loading() -> None:
     engine = create_engine("process", EngineOptions((ModelDeploymentConfig(name="exiting"),)))
     with pytest.raises(ModelLoadError, match="ended with status 5 while it loaded the models"):
+        await engine.start()
+    await engine.stop()
+
+
+_CLOSES_ONE_SOCKET_FIRST = """
+import os, socket, sys
+os.close(int(sys.argv[2]))  # the front can notice this while the modules are imported
+from segrpc.service.engine.messages import Failed
+from segrpc.service.engine.wire import Connection
+from segrpc.service.errors import ModelLoadError
+Connection(socket.socket(fileno=int(sys.argv[1]))).send(Failed(ModelLoadError("said last")))
+"""
+
+
+async def test_the_last_message_counts_although_another_socket_closed_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "_COMMAND", (sys.executable, "-c", _CLOSES_ONE_SOCKET_FIRST))
+    engine = create_engine("process", EngineOptions((ModelDeploymentConfig(name="held"),)))
+    with pytest.raises(ModelLoadError, match="said last"):
         await engine.start()
     await engine.stop()
 

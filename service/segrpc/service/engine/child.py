@@ -80,6 +80,7 @@ class Link:
             pass
         except Exception:
             log.exception("a worker's message cannot be read")
+            self._connection.shut()  # which ends the worker
         self._tell(self._ended)
 
     def _tell(self, call: Callable[..., None], *arguments: Any) -> None:
@@ -106,7 +107,7 @@ class Child:
         self._first: asyncio.Future[Ready | Failed] = asyncio.get_running_loop().create_future()
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._numbers = itertools.count()
-        self._ended = False
+        self._open_links = 2
         # Large messages use a link of their own, so that small ones never wait behind them.
         self._quick, self._bulk = (
             Link(Connection(end), f"worker-{process.pid}-{name}", self._received, self._end)
@@ -158,11 +159,11 @@ class Child:
     @property
     def ended(self) -> bool:
         """Whether the process is gone."""
-        return self._ended
+        return self._open_links == 0
 
     async def run(self, work: Work, token: CancelToken) -> Any:
         """Have a work done; see `Backend.run`."""
-        if self._ended:
+        if self.ended:
             raise WorkerLost
         token.check()
         number = next(self._numbers)
@@ -221,10 +222,13 @@ class Child:
             self._first.set_result(message)
 
     def _end(self) -> None:
-        """Tell everybody that the process is gone; called for each link."""
-        if self._ended:
+        """Tell everybody that the process is gone; called for each link, and true of the last.
+
+        Only then has all been received that the process sent: one link may end before the other's last message is read.
+        """
+        self._open_links -= 1
+        if self._open_links:
             return
-        self._ended = True
         if not self._first.done():
             self._first.set_exception(WorkerLost())
         else:
