@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from segrpc.service import rle
 from segrpc.service.models.sam2 import masks
-from segrpc.service.upsampling import Runs, Taps, runs_above_zero, runs_of_mask, runs_of_rows
+from segrpc.service.upsampling import Runs, Taps, linear_taps, runs_above_zero, runs_of_mask, runs_of_rows
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -110,10 +110,11 @@ def test_a_mask_of_the_logits_size_is_their_sign() -> None:
 
 
 def test_the_last_bit_of_a_rounding_is_not_guessed() -> None:
-    # 0.1f * 0.3f and 0.3f * 0.1f are equal as rounded, and cancel; with one rounding less something is left.
-    a, b = np.float32(0.1), np.float32(0.3)
-    taps = Taps.of(np.array([0, 0]), np.array([1, b], np.float32), np.array([0, a], np.float32), 2)
-    assert runs_of_rows(np.array([[a], [-b]], np.float32), taps) is None
+    # Half-way down, 0.625 a and 0.375 b are equal as rounded, and cancel; with one rounding less something is left.
+    a, b = np.float32(0.005), np.float32(0.008333333)
+    assert a * np.float32(0.625) == b * np.float32(0.375)
+    assert float(a) * 0.625 > float(b) * 0.375
+    assert runs_of_rows(np.array([[a], [-b]], np.float32), Taps.of(*linear_taps(2, 8), 2)) is None
 
 
 def runs_of(*lengths: int) -> Runs:

@@ -94,21 +94,8 @@ def run_lengths(counts: bytes) -> Runs:
 
 def compress(runs: Runs) -> bytes:
     """Compress the lengths of runs, background first, into counts: the inverse of `run_lengths`."""
-    values = runs.astype(np.int64)
-    values[3:] -= runs[1:-2]
-    characters = np.zeros((len(values), _MAX_GROUPS), dtype=np.uint8)
-    used = np.zeros(characters.shape, dtype=np.bool_)
-    left = np.ones(len(values), dtype=np.bool_)  # whether a value has groups left
-    for i in range(_MAX_GROUPS):
-        used[:, i] = left
-        group = values & 31
-        values >>= 5
-        more = values != np.where(group & 16, -1, 0)
-        characters[:, i] = (group | more << 5) + 48
-        left &= more
-        if not left.any():
-            break
-    return characters[used].tobytes()
+    total = int(runs.sum())  # all that pycocotools does with the size is to keep it
+    return bytes(coco.frPyObjects({"size": [total, 1], "counts": runs.astype(np.uint32)}, total, 1)["counts"])
 
 
 def area(counts: bytes, height: int, width: int) -> int:

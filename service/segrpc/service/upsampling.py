@@ -2,8 +2,8 @@
 
 The mask is where the logits, upsampled bilinearly to ``height x width``, are above 0. Bilinear interpolation is
 separable. Once the logits are interpolated along the width, each column of the mask changes at most once between
-two neighbouring rows of the logits, and where, a division tells. So only the pixels around the outline are computed,
-in the same float32 expression that the dense way would use; what is in between need not be looked at.
+two neighbouring rows of the logits, and where, a division tells. Only where the change comes so near to a row of the
+mask that rounding may decide, pixels are computed, in the same float32 expression that the dense way would use.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,12 @@ import numpy.typing as npt
 Float32Array = npt.NDArray[np.float32]
 Runs = npt.NDArray[np.int64]
 
+_AT_ONCE = 2**15  # crossings that are computed together: they stay in the processor's cache
 _CANDIDATES = 3  # rows around the computed crossing that are looked at
+# How near, as a share of the height, a crossing must come to a row of the mask for float32 to matter: torch's positions
+# among the rows of the logits are off by up to size * 2^-23, and a weighted sum by less than that.
+_MARGIN = 2.0**-20
+_TINY = 1e-30  # logits so near to each other that products may underflow
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +54,7 @@ def linear_taps(size: int, length: int) -> tuple[npt.NDArray[np.int64], Float32A
     centres = (np.arange(length, dtype=np.float32) + np.float32(0.5)) * np.float32(size / length) - np.float32(0.5)
     centres = np.clip(centres, 0, size - 1)
     upper = centres.astype(np.int64)
-    below = centres - upper
+    below = centres - upper.astype(np.float32)
     return upper, np.float32(1) - below, below
 
 
@@ -83,23 +88,62 @@ def runs_of_rows(rows: Float32Array, taps: Taps) -> Runs | None:
         (whether the machine multiplies and adds in one step): then only the dense way tells.
     """
     height, width = len(taps.above), rows.shape[1]
-    positive = rows > 0
-    cells = np.flatnonzero(positive[1:] != positive[:-1])
-    k, x = np.divmod(cells, width)
-    flips = _flips(rows, k, x, taps)
+    positive = np.ascontiguousarray((rows > 0).T)  # column by column, as the runs go
+    flips = _flips(rows, np.flatnonzero(positive[:, 1:] != positive[:, :-1]), taps)
     if flips is None:
         return None
-    ends = positive[-1, :-1] != positive[0, 1:]  # from the bottom of a column to the top of the next
-    toggles = np.concatenate(
-        [x * height + flips, (np.flatnonzero(ends) + 1) * height, np.zeros(int(positive[0, 0]), np.int64)]
-    )
-    return _runs_between(toggles, height * width)
+    ends = (np.flatnonzero(positive[:-1, -1] != positive[1:, 0]) + 1) * height  # between a column and the next
+    toggles = np.insert(flips, np.searchsorted(flips, ends), ends)
+    return _runs_between(np.concatenate([np.zeros(int(positive[0, 0]), np.int64), toggles]), height * width)
 
 
-def _flips(
+def _flips(rows: Float32Array, cells: npt.NDArray[np.int64], taps: Taps) -> npt.NDArray[np.int64] | None:
+    """Find where the mask changes within its columns.
+
+    Args:
+        rows: ``[size, width]``, the logits.
+        cells: Where their sign changes: ``x * (size - 1) + k`` between the rows ``k`` and ``k + 1`` of column ``x``.
+        taps: How the mask's rows are made of them.
+
+    Returns:
+        For each cell the place, in column-major order, of the first pixel that has the sign of row ``k + 1``. None if
+        the last bit of a rounding decides.
+    """
+    (size, width), height = rows.shape, len(taps.above)
+    flat, stretch, margin = rows.ravel(), height / size, height * _MARGIN
+    places = np.empty(len(cells), np.int64)
+    doubtful = [np.zeros(0, np.int64)]
+    for start in range(0, len(cells), _AT_ONCE):
+        part = cells[start : start + _AT_ONCE]
+        x = part // (size - 1)
+        k = part - x * (size - 1)
+        at = k * width + x
+        upper, lower = flat[at].astype(np.float64), flat[at + width].astype(np.float64)
+        across = upper - lower
+        crossing = (k + upper / across + 0.5) * stretch - 0.5
+        row = np.ceil(crossing)
+        places[start : start + _AT_ONCE] = x * height + row.astype(np.int64)
+        # Nearly always the crossing lies so far from the mask's rows that no rounding can matter.
+        beyond = row - crossing
+        certain = (beyond > margin) & (beyond < 1 - margin) & (np.abs(across) > _TINY)
+        doubtful.append(start + np.flatnonzero(~certain))
+    near = np.concatenate(doubtful)
+    if len(near):
+        x, k = np.divmod(cells[near], size - 1)
+        found = _looked_at(rows, k, x, taps)
+        if found is None:
+            return None
+        places[near] = x * height + found
+    return places
+
+
+def _looked_at(
     rows: Float32Array, k: npt.NDArray[np.int64], x: npt.NDArray[np.int64], taps: Taps
 ) -> npt.NDArray[np.int64] | None:
-    """Find the first row of the mask, from ``starts[k]`` to ``starts[k + 1]``, that has the sign of ``rows[k + 1]``."""
+    """Find the first row of the mask, from ``starts[k]`` to ``starts[k + 1]``, that has the sign of ``rows[k + 1]``.
+
+    The rows around the crossing are computed, in every way that a machine may round them.
+    """
     size, height = len(rows), len(taps.above)
     upper, lower = rows[k, x], rows[k + 1, x]
     rises = lower > 0
@@ -134,8 +178,12 @@ def runs_of_mask(mask: npt.NDArray[np.bool_]) -> Runs:
 
 
 def _runs_between(toggles: npt.NDArray[np.int64], total: int) -> Runs:
-    """Turn the places where a mask changes into runs; changes at the same place cancel each other."""
-    places, counts = np.unique(toggles, return_counts=True)
-    places = places[(counts % 2 == 1) & (places < total)]
-    runs: Runs = np.diff(places, prepend=0, append=total)
+    """Turn the places where a mask changes, in order, into runs; changes at the same place cancel each other."""
+    fresh = np.concatenate([np.ones(min(1, len(toggles)), np.bool_), toggles[1:] != toggles[:-1]])
+    if not fresh.all():
+        firsts = np.flatnonzero(fresh)
+        toggles = toggles[firsts[np.diff(firsts, append=len(toggles)) & 1 == 1]]
+    if len(toggles) and toggles[-1] == total:
+        toggles = toggles[:-1]
+    runs: Runs = np.diff(toggles, prepend=0, append=total)
     return runs
