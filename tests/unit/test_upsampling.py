@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from segrpc.service import rle
 from segrpc.service.models.sam2 import masks
-from segrpc.service.upsampling import Runs, Taps, linear_taps, runs_above_zero, runs_of_mask, runs_of_rows
+from segrpc.service.rle import Runs, runs_of_mask
+from segrpc.service.upsampling import Taps, linear_taps, runs_above_zero, runs_of_rows
 
 Float32Array = npt.NDArray[np.float32]
 

@@ -7,7 +7,7 @@ bit 4 of the last group is the sign (``rleToString`` in the COCO API's ``maskApi
 """
 
 import io
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from pycocotools import mask as coco
 
 BoolMask = npt.NDArray[np.bool_]
 Runs = npt.NDArray[np.int64]
+Box: TypeAlias = tuple[int, int, int, int]
 
 _MAX_GROUPS = 7  # 35 bits: more than any run that fits an image
 
@@ -29,12 +30,26 @@ def encode(mask: npt.NDArray[Any]) -> bytes:
     Returns:
         The compressed counts, byte for byte those of pycocotools.
     """
-    counts = coco.encode(np.asfortranarray(mask, dtype=np.uint8) if mask.dtype == np.bool_ else _binary(mask))["counts"]
-    return bytes(counts)
+    return compress(runs_of_mask(mask))
 
 
-def _binary(mask: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    return np.asfortranarray(mask != 0, dtype=np.uint8)
+def runs_of_mask(mask: npt.NDArray[Any]) -> Runs:
+    """Find the runs of a mask ``[height, width]``, non-zero where the object is."""
+    flat = (mask if mask.dtype == np.bool_ else mask != 0).ravel(order="F")
+    toggles = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    return runs_between(np.concatenate([np.zeros(int(flat[0]), np.int64), toggles]), flat.size)
+
+
+def runs_between(toggles: npt.NDArray[np.int64], total: int) -> Runs:
+    """Turn the places where a mask changes, in order, into runs; changes at the same place cancel each other."""
+    fresh = np.concatenate([np.ones(min(1, len(toggles)), np.bool_), toggles[1:] != toggles[:-1]])
+    if not fresh.all():
+        firsts = np.flatnonzero(fresh)
+        toggles = toggles[firsts[np.diff(firsts, append=len(toggles)) & 1 == 1]]
+    if len(toggles) and toggles[-1] == total:
+        toggles = toggles[:-1]
+    runs: Runs = np.diff(toggles, prepend=0, append=total)
+    return runs
 
 
 def decode(counts: bytes, height: int, width: int) -> BoolMask:
@@ -43,19 +58,18 @@ def decode(counts: bytes, height: int, width: int) -> BoolMask:
     Raises:
         ValueError: If the counts are malformed or do not sum to ``height * width``.
     """
-    runs = _checked(counts, height, width)
+    runs = checked_runs(counts, height, width)
     return np.repeat(np.arange(runs.size) % 2 == 1, runs).reshape(height, width, order="F")
 
 
-def check(counts: bytes, height: int, width: int) -> None:
-    """Raise ValueError unless the counts are well formed and sum to ``height * width``.
+def checked_runs(counts: bytes, height: int, width: int) -> Runs:
+    """Decompress counts of a mask of a known size.
 
     pycocotools does not check: it decodes short or garbage counts into memory that was never written.
+
+    Raises:
+        ValueError: If the counts are malformed or do not sum to ``height * width``.
     """
-    _checked(counts, height, width)
-
-
-def _checked(counts: bytes, height: int, width: int) -> Runs:
     runs = run_lengths(counts)
     total = int(runs.sum())
     if total != height * width:
@@ -98,24 +112,31 @@ def compress(runs: Runs) -> bytes:
     return bytes(coco.frPyObjects({"size": [total, 1], "counts": runs.astype(np.uint32)}, total, 1)["counts"])
 
 
-def area(counts: bytes, height: int, width: int) -> int:
-    """Count the object pixels of counts that were checked or made here."""
-    return int(coco.area({"size": [height, width], "counts": counts}))
+def area(runs: Runs) -> int:
+    """Count the object pixels."""
+    return int(runs[1::2].sum())
 
 
-def bounding_box(counts: bytes, height: int, width: int) -> tuple[int, int, int, int] | None:
+def bounding_box(runs: Runs, height: int) -> Box | None:
     """Find the smallest ``(x_min, y_min, x_max, y_max)`` that holds all object pixels, maxima excluded.
 
     Args:
-        counts: Compressed counts that were checked or made here.
+        runs: The lengths of the runs, background first.
         height: The mask's height in pixels.
-        width: The mask's width in pixels.
 
     Returns:
         The box, or None if the mask is empty.
     """
-    x, y, w, h = (int(v) for v in coco.toBbox({"size": [height, width], "counts": counts}))
-    return (x, y, x + w, y + h) if w and h else None
+    ends = np.cumsum(runs)
+    starts, lasts = ends[: len(ends) // 2 * 2 : 2], ends[1::2] - 1
+    if not len(starts):
+        return None
+    first_columns, last_columns = starts // height, lasts // height
+    x_min, x_max = int(first_columns[0]), int(last_columns[-1]) + 1
+    if np.any(first_columns != last_columns):  # a run from the bottom of one column to the top of the next
+        return x_min, 0, x_max, height
+    tops, bottoms = starts - first_columns * height, lasts - last_columns * height
+    return x_min, int(tops.min()), x_max, int(bottoms.max()) + 1
 
 
 def to_png(counts: bytes, height: int, width: int) -> bytes:

@@ -17,6 +17,8 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
     ValidationError,
     field_serializer,
     model_validator,
@@ -64,8 +66,13 @@ class NDArrayFloat(_Value):
             return {"data": array.data, "shape": array.shape, "dtype": array.dtype}
         return value
 
-    @model_validator(mode="after")
-    def _check_data(self) -> Self:
+    @model_validator(mode="wrap")
+    @classmethod
+    def _check_once(cls, value: Any, make: ModelWrapValidatorHandler[Self]) -> Self:
+        # As part of another value it was checked already, when it was made.
+        return value if isinstance(value, cls) else make(value)._checked()
+
+    def _checked(self) -> Self:
         expected = NUMPY_TYPES[self.dtype].itemsize
         for length in self.shape:
             expected *= length
@@ -102,10 +109,24 @@ class CompressedRLE(_Value):
     Attributes:
         size: ``(height, width)`` in pixels.
         counts: The compressed counts of pycocotools; their runs sum to ``height * width``.
+        area: The number of object pixels.
+        bounding_box: The smallest ``(x_min, y_min, x_max, y_max)`` that holds them, maxima excluded; None if there are
+            none.
     """
 
     size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
     counts: bytes
+    # Found when it is made, where the runs are at hand, so that nobody has to decompress the counts for them.
+    _area: int = PrivateAttr(0)
+    _bounding_box: rle.Box | None = PrivateAttr(None)
+
+    @property
+    def area(self) -> int:  # noqa: D102 - see above
+        return self._area
+
+    @property
+    def bounding_box(self) -> rle.Box | None:  # noqa: D102 - see above
+        return self._bounding_box
 
     @model_validator(mode="before")
     @classmethod
@@ -115,12 +136,22 @@ class CompressedRLE(_Value):
             return {**value, "counts": value["counts"].encode("utf-8")}
         return value
 
-    @model_validator(mode="after")
-    def _check_counts(self) -> Self:
+    @model_validator(mode="wrap")
+    @classmethod
+    def _check_once(cls, value: Any, make: ModelWrapValidatorHandler[Self]) -> Self:
+        # As part of another value it was checked already, when it was made.
+        return value if isinstance(value, cls) else make(value)._checked()
+
+    def _checked(self) -> Self:
         try:
-            rle.check(self.counts, *self.size)
+            runs = rle.checked_runs(self.counts, *self.size)
         except ValueError as error:
             raise _wrong("counts", str(error)) from None
+        return self._measured(runs)
+
+    def _measured(self, runs: rle.Runs) -> Self:
+        self._area = rle.area(runs)
+        self._bounding_box = rle.bounding_box(runs, self.size[0])
         return self
 
     @field_serializer("counts", when_used="json")
@@ -130,14 +161,13 @@ class CompressedRLE(_Value):
     @classmethod
     def from_mask(cls, mask: npt.NDArray[Any]) -> Self:
         """Encode a mask ``[height, width]``, non-zero where the object is."""
-        # Not validated again: the counts are our own.
-        return cls.model_construct(size=(mask.shape[0], mask.shape[1]), counts=rle.encode(mask))
+        return cls.from_runs(rle.runs_of_mask(mask), *mask.shape)
 
     @classmethod
     def from_runs(cls, runs: rle.Runs, height: int, width: int) -> Self:
         """Encode runs in column-major order, background first, that sum to ``height * width``."""
         # Not validated: the runs are our own.
-        return cls.model_construct(size=(height, width), counts=rle.compress(runs))
+        return cls.model_construct(size=(height, width), counts=rle.compress(runs))._measured(runs)
 
     def to_mask(self) -> rle.BoolMask:
         """Decode into ``[height, width]`` of bool."""

@@ -12,8 +12,9 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from segrpc.service.rle import Runs, runs_between, runs_of_mask
+
 Float32Array = npt.NDArray[np.float32]
-Runs = npt.NDArray[np.int64]
 
 _AT_ONCE = 2**15  # crossings that are computed together: they stay in the processor's cache
 _CANDIDATES = 3  # rows around the computed crossing that are looked at
@@ -94,7 +95,7 @@ def runs_of_rows(rows: Float32Array, taps: Taps) -> Runs | None:
         return None
     ends = (np.flatnonzero(positive[:-1, -1] != positive[1:, 0]) + 1) * height  # between a column and the next
     toggles = np.insert(flips, np.searchsorted(flips, ends), ends)
-    return _runs_between(np.concatenate([np.zeros(int(positive[0, 0]), np.int64), toggles]), height * width)
+    return runs_between(np.concatenate([np.zeros(int(positive[0, 0]), np.int64), toggles]), height * width)
 
 
 def _flips(rows: Float32Array, cells: npt.NDArray[np.int64], taps: Taps) -> npt.NDArray[np.int64] | None:
@@ -168,22 +169,3 @@ def _looked_at(
         changed |= ~same
     flips: npt.NDArray[np.int64] = np.clip(start + before, first, last)
     return flips
-
-
-def runs_of_mask(mask: npt.NDArray[np.bool_]) -> Runs:
-    """Compute the runs of a mask ``[height, width]``."""
-    flat = mask.ravel(order="F")
-    toggles = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    return _runs_between(np.concatenate([np.zeros(int(flat[0]), np.int64), toggles]), flat.size)
-
-
-def _runs_between(toggles: npt.NDArray[np.int64], total: int) -> Runs:
-    """Turn the places where a mask changes, in order, into runs; changes at the same place cancel each other."""
-    fresh = np.concatenate([np.ones(min(1, len(toggles)), np.bool_), toggles[1:] != toggles[:-1]])
-    if not fresh.all():
-        firsts = np.flatnonzero(fresh)
-        toggles = toggles[firsts[np.diff(firsts, append=len(toggles)) & 1 == 1]]
-    if len(toggles) and toggles[-1] == total:
-        toggles = toggles[:-1]
-    runs: Runs = np.diff(toggles, prepend=0, append=total)
-    return runs

@@ -274,16 +274,15 @@ def predictions(output: SegmentationOutput, mask_encoding: int) -> Iterable[type
 def mask_message(mask: CompressedRLE, score: float, mask_encoding: int) -> types_pb2.Mask:
     """Put a mask into a message, encoded as asked."""
     height, width = mask.size
-    message = types_pb2.Mask(height=height, width=width, score=score, area=rle.area(mask.counts, height, width))
+    message = types_pb2.Mask(height=height, width=width, score=score, area=mask.area)
     if mask_encoding == types_pb2.MASK_ENCODING_RUN_LENGTHS:
         message.run_lengths.lengths.extend(rle.run_lengths(mask.counts).tolist())
     elif mask_encoding == types_pb2.MASK_ENCODING_PNG:
         message.png = rle.to_png(mask.counts, height, width)
     else:
         message.coco_rle = mask.counts
-    box = rle.bounding_box(mask.counts, height, width)
-    if box is not None:
-        message.bounding_box.CopyFrom(types_pb2.Box(**dict(zip(_CORNERS, box, strict=True))))
+    if mask.bounding_box is not None:
+        message.bounding_box.CopyFrom(types_pb2.Box(**dict(zip(_CORNERS, mask.bounding_box, strict=True))))
     return message
 
 

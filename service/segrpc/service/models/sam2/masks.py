@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from segrpc.service.upsampling import Runs, Taps, runs_of_mask, runs_of_rows
+from segrpc.service.rle import Runs, runs_of_mask
+from segrpc.service.upsampling import Taps, runs_of_rows
 
 
 def mask_runs(logits: torch.Tensor, height: int, width: int) -> list[Runs]:
