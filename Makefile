@@ -70,12 +70,11 @@ check-protos: $(INSTALLED) ## prove that the stubs are fresh and the contract br
 	  then $(BIN)/buf breaking --against '.git#ref=$(BASE)'; \
 	  else echo "no protos at $(BASE): nothing that could break"; fi
 
-bench: $(INSTALLED) ## measure latencies beside the in-process reference
-	$(BIN)/python -m tests.benchmarks.clicks
-	$(BIN)/python -m tests.benchmarks.sessions
+bench: $(INSTALLED) ## measure beside the in-process reference, into bench-results/ (QUICK=1: within 3 minutes)
+	$(BIN)/python -m tests.benchmarks $(if $(QUICK),--quick) $(BENCH_ARGS)
 
 serve: $(INSTALLED) ## serve the GrabCut model on 127.0.0.1:50051 (ARGS=... adds options)
 	$(BIN)/segrpc-server serve $(ARGS)
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo-output bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis

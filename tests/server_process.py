@@ -80,8 +80,11 @@ class ServerProcess:
 
     def resident_bytes(self) -> int:
         """The memory that the process holds."""
-        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text("ascii").split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
+        return _resident_bytes(self.process.pid)
+
+    def worker_resident_bytes(self) -> int:
+        """The memory that its workers hold."""
+        return sum(map(_resident_bytes, self.worker_pids()))
 
     def terminate(self) -> None:
         """Ask it to stop, as an operator would; does not wait."""
@@ -106,3 +109,8 @@ class ServerProcess:
                 self.process.wait()
         assert self.process.stdout is not None
         self.process.stdout.close()
+
+
+def _resident_bytes(pid: int) -> int:
+    pages = int(Path(f"/proc/{pid}/statm").read_text("ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")

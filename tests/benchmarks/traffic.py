@@ -1,0 +1,64 @@
+"""How many bytes does a click put on the connection? A proxy between client and server counts."""
+
+import itertools
+from collections.abc import Callable
+
+from segrpc.client import RefineSession, SegmentationClient
+from tests.benchmarks.common import Bench
+from tests.benchmarks.values import Traffic
+from tests.tcp_proxy import TcpProxy
+
+CLICKS = 20
+POINT = (512.0, 410.0)
+
+
+def measure(bench: Bench) -> list[Traffic]:
+    """Count the bytes of first clicks and of refinements, as single calls and on a stream."""
+    image = bench.encoded_image()
+    with (
+        TcpProxy(bench.server.target) as proxy,
+        SegmentationClient(proxy.target, timeout=240) as client,
+        client.refine(image) as session,
+    ):
+        client.encode(image)
+        logits = client.segment(image, points=[POINT], return_logits=True).logits
+        assert logits is not None
+        mask_input = logits[0, :1]
+        objects = map(str, itertools.count())
+        session.click(*POINT)
+        return [
+            _row(
+                bench,
+                proxy,
+                "first click",
+                lambda: client.segment(image, points=[POINT]),
+                lambda: session.click(*POINT, object_id=next(objects)),
+            ),
+            _row(
+                bench,
+                proxy,
+                "refinement",
+                lambda: client.segment(image, points=[POINT, POINT], mask_input=mask_input, multimask_output=False),
+                lambda: _refine(session),
+            ),
+        ]
+
+
+def _refine(session: RefineSession) -> None:
+    """Click once more on the same object, whose points add up on the server."""
+    session.click(*POINT)
+
+
+def _row(
+    bench: Bench, proxy: TcpProxy, workload: str, unary: Callable[[], object], stream: Callable[[], object]
+) -> Traffic:
+    return Traffic(workload, bench.logits, *_bytes_of(proxy, unary), *_bytes_of(proxy, stream))
+
+
+def _bytes_of(proxy: TcpProxy, call: Callable[[], object]) -> tuple[float, float]:
+    """Return how many bytes a call sends and gets; the first one, which introduces headers, does not count."""
+    call()
+    sent, got = proxy.bytes_to_server, proxy.bytes_to_client
+    for _ in range(CLICKS):
+        call()
+    return (proxy.bytes_to_server - sent) / CLICKS, (proxy.bytes_to_client - got) / CLICKS
