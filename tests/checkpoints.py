@@ -41,11 +41,11 @@ def write_checkpoint(name: str, folder: Path, *, contrast: float = 1.0, smooth: 
 def _smooth(model: Any, generator: torch.Generator) -> None:
     """Make logits vary slowly across the image, by weights alone: architecture and code path stay the same.
 
-    Plain random weights answer to the image's pixels with noise: masks of 1024 x 1024 pixels have 30,000 to 90,000
+    Plain random weights answer to the image's pixels with noise: masks of 1024 x 1024 pixels have 25,000 to 95,000
     runs. Here the encoder's coarse position embedding, which an untrained model leaves at 0, becomes a field of random
     numbers at 3 x 3 places, interpolated in between and so strong that it outweighs the pixels; and the transposed
     convolutions give their four outputs the same weights, so that they add no pattern of their own. Masks then have
-    1,500 to 5,000 runs.
+    1,000 to 6,000 runs.
     """
     field = model.image_encoder.trunk.pos_embed
     coarse = 5 * torch.randn((1, field.shape[1], 3, 3), generator=generator)

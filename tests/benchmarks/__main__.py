@@ -75,7 +75,7 @@ def _steps(logits: Logits) -> list[Step]:
     if logits == "rough":
         return steps
     together: list[Step] = [
-        (f"clicks per second, {count} sessions", partial(throughput.measure, sessions=count))
+        (f"clicks per second, sessions: {count}", partial(throughput.measure, sessions=count))
         for count in throughput.SESSIONS
     ]
     return [
