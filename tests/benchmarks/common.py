@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from sam2.build_sam import build_sam2
 
 from segrpc.client import SegmentationClient
 from segrpc.service.models.sam2.catalog import VARIANTS
@@ -57,9 +58,6 @@ class InProcess:
     """The reference predictor in this process, on the device and in the precision of a setup."""
 
     def __init__(self, setup: Setup, checkpoint: Path) -> None:
-        # After tests.parity.reference, which registers what this import needs.
-        from sam2.build_sam import build_sam2
-
         self._setup = setup
         self._reference = Reference(build_sam2(VARIANTS[setup.model].config, str(checkpoint), device=setup.device))
 

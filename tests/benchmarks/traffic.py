@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable
 
-from segrpc.client import RefineSession, SegmentationClient
+from segrpc.client import SegmentationClient
 from tests.benchmarks.common import Bench
 from tests.benchmarks.values import Traffic
 from tests.tcp_proxy import TcpProxy
@@ -39,14 +39,9 @@ def measure(bench: Bench) -> list[Traffic]:
                 proxy,
                 "refinement",
                 lambda: client.segment(image, points=[POINT, POINT], mask_input=mask_input, multimask_output=False),
-                lambda: _refine(session),
+                lambda: session.click(*POINT),  # the points add up on the server
             ),
         ]
-
-
-def _refine(session: RefineSession) -> None:
-    """Click once more on the same object, whose points add up on the server."""
-    session.click(*POINT)
 
 
 def _row(
