@@ -74,6 +74,7 @@ def test_every_option_can_be_given_by_each_source(tmp_path: Path, monkeypatch: p
     special: dict[str, Any] = {
         "checkpoint": "/x.pt",
         "device": "cpu",
+        "encoder": "reference",
         "listen": "0.0.0.0:1",
         "models": [{"name": "m"}],
         "media_root": ["/m"],
@@ -141,6 +142,7 @@ BAD: dict[str, list[Any]] = {
     "models": [[{"name": ""}], [{}], "x", [{"name": "m" * 129}]],
     "dtype": ["float64"],
     "decoder": ["slow", ""],
+    "encoder": ["slow", ""],
     "log_level": ["INFO"],
     "reflection": ["maybe"],
     "threads": [-1],

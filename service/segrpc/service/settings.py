@@ -50,6 +50,9 @@ class Settings(BaseSettings):
     decoder: Literal["fast", "reference"] = Field(
         "fast", description="fast: equal to the reference up to rounding; reference: its own, bit for bit, and slower"
     )
+    encoder: Literal["fast", "reference"] | None = Field(
+        None, description="the same for encoding images, where fast is in float32 on a CPU; default: as decoder"
+    )
     devices: str = Field("", description="several devices, such as cuda:0,cuda:1: a worker process for each")
     engine: EngineKind = Field(
         "process",
@@ -136,8 +139,8 @@ class Settings(BaseSettings):
         """Return what to serve, the default first: the [[models]] tables, or the one model of the plain options."""
         if self.models:
             return self.models
-        set_by_operator = self.model_fields_set & {"checkpoint", "hub_id", "device", "dtype", "decoder", "threads"}
-        params = {name: getattr(self, name) for name in set_by_operator}
+        of_model = {"checkpoint", "hub_id", "device", "dtype", "decoder", "encoder", "threads"}
+        params = {name: getattr(self, name) for name in self.model_fields_set & of_model}
         if self.checkpoint is None:
             return (ModelDeploymentConfig(name=self.model or "grabcut", model_params=params),)
         published = name_for_file(self.checkpoint)
