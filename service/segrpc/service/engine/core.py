@@ -6,7 +6,7 @@ A core is used by two threads: one encodes (`Core.encode`), the other decodes (`
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from segrpc.service.engine.base import CancelToken, EngineOptions, SegmentResult, ServedModel, StageTimes
@@ -49,7 +49,7 @@ class _Prepared:
     model: PromptableModel
     image: CachedImage
     requests: list[DecodeRequest]
-    times: StageTimes = field(default_factory=StageTimes)
+    times: StageTimes
 
 
 class Core:
@@ -170,9 +170,10 @@ class Core:
         model = self._promptable(work.model)
         check_capabilities(work.input, model.metadata, work.model)
         image = self._given(model, work) or self._cached(work.model, work.digest)
-        return _Prepared(
-            ticket, work, model, image, decode_requests(work.input, image.embedding, model.metadata, work.model)
-        )
+        times = StageTimes()
+        with _timed(times, "decode_mask"):
+            requests = decode_requests(work.input, image.embedding, model.metadata, work.model)
+        return _Prepared(ticket, work, model, image, requests, times)
 
     def _given(self, model: PromptableModel, work: DecodeWork) -> CachedImage | None:
         embedding, features, header = work.input.image_embedding, work.input.high_resolution_features, work.header
@@ -207,7 +208,7 @@ class Core:
         spent = time.perf_counter() - start
         rest = iter(decoded)
         for one in group:
-            one.times.decode_mask = spent
+            one.times.decode_mask += spent
             own = [next(rest) for _ in one.requests]
             try:
                 one.ticket.settle(self._finish(one, own))

@@ -20,6 +20,7 @@ from segrpc.service.schemas import FloatType, NDArrayFloat
 
 _HEAD = struct.Struct("=QQ")
 _BESIDE_BYTES = 4096  # smaller buffers are copied into the pickle: that costs less than a system call's entry for each
+_SEND_BUFFER = 2**22  # bytes that are asked for; Linux gives twice `net.core.wmem_max` at most, by default 425,984
 _MOST_PIECES = 512  # of one system call; Linux allows 1024
 
 
@@ -32,6 +33,8 @@ class Connection:
 
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
+        # Room for a click's logits (262 kB), or the sender would have to wait until the receiver has woken up.
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         self._sending = threading.Lock()
 
     def send(self, message: Any) -> None:

@@ -306,7 +306,8 @@ class Session:
             plan.mask = MaskSource(revision=current.round.revision, index=current.selected)
         single = not metadata.mask_counts or 1 in metadata.mask_counts
         points = plan.prompts.points
-        return SegmentationInput(
+        # Not validated again: each edit was checked when it was applied.
+        return SegmentationInput.model_construct(
             image=self.image.data,
             points=[[[p.x, p.y] for p in points]],
             labels=[[p.label for p in points]],
