@@ -3,8 +3,8 @@
     python -m tests.benchmarks.bare SECONDS
 
 serves a stream of gRPC as the service does: each message goes to a child process over a socket pair, with as many bytes
-as a click's logits have, the child computes for so many seconds on as many threads as the worker, and as many bytes come
-back. What is beside the computing then is threads and processes that wake each other up.
+as a click's logits have, the child computes for so many seconds on as many threads as the worker, and as many bytes
+come back. What is beside the computing then is threads and processes that wake each other up.
 """
 
 import asyncio
@@ -51,12 +51,17 @@ def added(computing: float, rounds: int) -> list[float]:
     return found[5:]
 
 
-async def _serve(computing: float) -> None:
+def _start_child(computing: float) -> socket.socket:
+    """Start a process that ends when this one does; return the way to it."""
     ours, theirs = socket.socketpair()
     command = [sys.executable, "-m", _MODULE, str(computing), str(theirs.fileno())]
-    subprocess.Popen(command, pass_fds=[theirs.fileno()])  # ends when this process has
+    subprocess.Popen(command, pass_fds=[theirs.fileno()])
     theirs.close()
-    reader, writer = await asyncio.open_connection(sock=ours, limit=2 * _LOGITS_BYTES)
+    return ours
+
+
+async def _serve(child: socket.socket) -> None:
+    reader, writer = await asyncio.open_connection(sock=child, limit=2 * _LOGITS_BYTES)
 
     async def click(messages: AsyncIterator[bytes], context: Any) -> None:
         async for _ in messages:
@@ -65,7 +70,7 @@ async def _serve(computing: float) -> None:
             await context.write(answer[:_ANSWER_BYTES])
 
     service, method = _METHOD
-    handlers = {method: grpc.stream_stream_rpc_method_handler(click)}
+    handlers: dict[str, Any] = {method: grpc.stream_stream_rpc_method_handler(click)}
     server = grpc.aio.server()
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
@@ -89,4 +94,4 @@ if __name__ == "__main__":
     if len(sys.argv) > 2:
         _compute(float(sys.argv[1]), socket.socket(fileno=int(sys.argv[2])))
     else:
-        asyncio.run(_serve(float(sys.argv[1])))
+        asyncio.run(_serve(_start_child(float(sys.argv[1]))))
