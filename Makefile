@@ -10,6 +10,8 @@ PROTOS := $(sort $(wildcard protos/segrpc/v1/*.proto))
 STUBS := generated/python
 # The reference in the tests' own process and the servers beside it must not spin for each other's cores.
 PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+# Tests often wait for servers to start: two files at a time, each with servers of its own.
+TOGETHER := -n 2 --dist loadfile
 # What the contract must stay compatible with: the last release.
 BASE ?= $(shell git describe --tags --abbrev=0 2>/dev/null || echo main)
 
@@ -33,7 +35,7 @@ demo: $(INSTALLED) ## segment the shipped photos and write overlays to demo-outp
 	$(BIN)/python -m tests.demo --output demo-output
 
 test: $(INSTALLED) lint check-protos ## run all checks and tests, without the larger SAM 2 sizes
-	$(PYTEST) -m "not large" $(PYTEST_ARGS)
+	$(PYTEST) -m "not large" $(TOGETHER) $(PYTEST_ARGS)
 
 test-large: $(INSTALLED) ## compare the larger SAM 2 sizes with the reference; minutes, and CI runs it too
 	$(PYTEST) -m large tests/parity tests/unit/models
