@@ -13,7 +13,8 @@ def leaves(kind: type[errors.SegrpcError]) -> list[type[errors.SegrpcError]]:
     return below or [kind]
 
 
-CLIENT_ERRORS = [kind for kind in leaves(errors.SegrpcError) if kind is not errors.ModelLoadError]
+OF_OPERATORS = (errors.ModelLoadError, errors.ConfigurationError)
+CLIENT_ERRORS = [kind for kind in leaves(errors.SegrpcError) if kind not in OF_OPERATORS]
 
 
 @pytest.mark.parametrize("kind", CLIENT_ERRORS)
