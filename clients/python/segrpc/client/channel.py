@@ -121,6 +121,8 @@ def is_local(target: str) -> bool:
     if scheme in ("unix", "unix-abstract"):
         return True
     if found and scheme in ("dns", "ipv4", "ipv6"):
+        if rest.startswith("//") and not rest.startswith("///"):  # a name server of somebody's says where it is
+            return False
         target = rest.rpartition("/")[2]
     if "," in target:  # several addresses
         return False
@@ -148,6 +150,8 @@ class Bearer:
         Raises:
             UnauthenticatedError: If there is no token to be had.
         """
+        if self._token is None:
+            return None
         try:
             return _metadata(self._token() if callable(self._token) else self._token)
         except Exception as error:
@@ -155,6 +159,8 @@ class Bearer:
 
     async def metadata_async(self) -> tuple[tuple[str, str], ...] | None:
         """Do as `metadata`, and wait for a token that must be waited for."""
+        if self._token is None:
+            return None
         try:
             token = self._token() if callable(self._token) else self._token
             return _metadata(await token if isinstance(token, Awaitable) else token)
@@ -162,9 +168,7 @@ class Bearer:
             raise _no_token(error) from error
 
 
-def _metadata(token: object) -> tuple[tuple[str, str], ...] | None:
-    if token is None:
-        return None
+def _metadata(token: object) -> tuple[tuple[str, str], ...]:
     # What gRPC says of a bad one quotes it.
     if not isinstance(token, str) or not token or not token.isascii() or not token.isprintable() or " " in token:
         raise ValueError("a token is a str of printable ASCII characters without spaces")

@@ -38,7 +38,7 @@ class KeySet:
 
     def __init__(self, text: str | bytes) -> None:
         try:
-            entries = json.loads(text)["keys"]
+            entries = list(json.loads(text)["keys"])
         except (ValueError, KeyError, TypeError):
             raise ValueError("is no JSON Web Key Set") from None
         usable = [key for entry in entries if (key := _usable(entry)) is not None]
@@ -57,7 +57,7 @@ def _usable(entry: object) -> jwt.PyJWK | None:
         return None
     try:
         key = jwt.PyJWK(entry)
-    except (jwt.PyJWTError, ValueError, TypeError):
+    except (jwt.PyJWTError, ValueError, TypeError, KeyError):
         return None  # of a kind that this version does not know: no reason to give up the others
     return key if key.algorithm_name in ALGORITHMS else None
 
@@ -159,7 +159,9 @@ def fetch_text(url: str) -> bytes:
         httpx.HTTPError: If it does not answer, or not with success.
         ValueError: If it is too long.
     """
-    with httpx.stream("GET", url, timeout=FETCH_TIMEOUT) as response:
+    # A proxy of the environment has no business on the loopback interface, the only one where plain http is allowed.
+    is_https = url.startswith("https:")
+    with httpx.stream("GET", url, timeout=FETCH_TIMEOUT, trust_env=is_https) as response:
         response.raise_for_status()
         text = b""
         for part in response.iter_bytes():
