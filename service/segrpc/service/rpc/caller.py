@@ -41,5 +41,6 @@ def credentials_of(context: Any) -> tuple[list[str], str | None]:
     """
     authorization = [value for key, value in context.invocation_metadata() or () if key == AUTHORIZATION]
     told = context.auth_context()
-    names = [*told.get(COMMON_NAME, ()), *told.get(ALTERNATIVE_NAME, ())]
+    # A certificate without a common name has an empty one.
+    names = [name for kind in (COMMON_NAME, ALTERNATIVE_NAME) for name in told.get(kind, ()) if name]
     return authorization, names[0].decode("utf-8", "replace") if names else None
