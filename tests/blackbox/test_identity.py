@@ -84,7 +84,7 @@ def unauthenticated(server: ServerProcess, *metadata: tuple[str, str]) -> tuple[
     """Call with bytes that are no message, and return what is said about the credential, and the challenge."""
     with connect(server) as channel, pytest.raises(grpc.RpcError) as caught:
         raw(channel, "/segrpc.v1.SegmentationService/Segment")(b"\xff\xff", metadata=metadata)
-    trailers = dict(caught.value.trailing_metadata())
+    trailers: dict[str, Any] = {key: value for key, value in caught.value.trailing_metadata() or ()}  # type: ignore[attr-defined]
 
     def again() -> None:
         raise caught.value

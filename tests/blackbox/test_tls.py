@@ -179,7 +179,7 @@ def test_the_readmes_commands(certificates: Certificates, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("given", "missing"),
     [
-        ("", "no TLS (tls_certificate, tls_key) and no credentials"),
+        ("", "no TLS (tls_certificate, tls_key) and no credentials (keys_file, jwt_issuer or tls_client_ca)"),
         ("tls", "no credentials (keys_file, jwt_issuer or tls_client_ca)"),
         ("keys", "no TLS (tls_certificate, tls_key)"),
     ],
