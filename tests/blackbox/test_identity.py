@@ -24,7 +24,7 @@ from segrpc.v1.refine_pb2 import RefineConfig, RefineRequest
 from segrpc.v1.segmentation_service_pb2 import EncodeImageRequest, SegmentRequest
 from segrpc.v1.segmentation_service_pb2_grpc import SegmentationServiceStub
 from segrpc.v1.types_pb2 import Image, Point, Prompt
-from tests.blackbox.failure import Failure, failure_of
+from tests.blackbox.failure import Failure, failure_of, parse
 from tests.checkpoints import write_checkpoint
 from tests.server_process import ServerProcess, connect, raw
 from tests.tcp_proxy import TcpProxy
@@ -84,12 +84,8 @@ def unauthenticated(server: ServerProcess, *metadata: tuple[str, str]) -> tuple[
     """Call with bytes that are no message, and return what is said about the credential, and the challenge."""
     with connect(server) as channel, pytest.raises(grpc.RpcError) as caught:
         raw(channel, "/segrpc.v1.SegmentationService/Segment")(b"\xff\xff", metadata=metadata)
-    trailers: dict[str, Any] = {key: value for key, value in caught.value.trailing_metadata() or ()}  # type: ignore[attr-defined]
-
-    def again() -> None:
-        raise caught.value
-
-    return failure_of(again), trailers.get("www-authenticate", "")
+    error: Any = caught.value
+    return parse(error), dict(error.trailing_metadata()).get("www-authenticate", "")
 
 
 @pytest.mark.parametrize(
