@@ -44,6 +44,10 @@ class SegmentationClient:
         timeout: Seconds that a method may take, uploads and retries included; None waits for ever.
         connection: TLS, and who calls: see `ConnectionOptions`.
 
+    Raises:
+        ValueError: If options do not go together, or a token would travel in the clear.
+        OSError: If a certificate cannot be read.
+
     Every method takes its own ``timeout`` as well, and raises `SegmentationError` of the kind that says what was wrong.
     """
 
