@@ -205,6 +205,7 @@ def _tables(measured: Measured) -> Iterator[str]:
 def _other(measured: Measured) -> Iterator[tuple[str, str]]:
     for added in measured.of(Added):
         yield "added by stream, session and worker process, p50 / p99", f"{_milliseconds(added.added)} ms"
+        yield "added on the same way with nothing done on it, p50 / p99", f"{_milliseconds(added.bare)} ms"
     for clicks in measured.of(Meanwhile):
         yield "click on an idle server, p50 / p99", f"{_milliseconds(clicks.idle)} ms"
         name = f"click while another client encodes ({clicks.encoded} images), p50 / p99"

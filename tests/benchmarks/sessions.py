@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from segrpc.client import RefineSession, SegmentationClient
+from tests.benchmarks import bare
 from tests.benchmarks.common import Bench
 from tests.benchmarks.values import Added, Meanwhile, Memory, Stats
 
@@ -24,11 +25,13 @@ def added(bench: Bench) -> list[Added]:
         for number in range(5):
             _click(session, number)
         measured = [_click(session, number) for number in range(min(bench.effort.series, 100))]
+    computing = Stats.of([computed for _, computed in measured])
     return [
         Added(
             click=Stats.of([seconds for seconds, _ in measured]),
-            computing=Stats.of([computed for _, computed in measured]),
+            computing=computing,
             added=Stats.of([seconds - computed for seconds, computed in measured]),
+            bare=Stats.of(bare.added(computing.p50, len(measured))),
         )
     ]
 

@@ -122,12 +122,20 @@ class Traffic(Row):
 
 @dataclass(frozen=True)
 class Added(Row):
-    """What a click on a stream takes beside the decoding and the masks of the same click in the worker."""
+    """What a click on a stream takes beside the decoding and the masks of the same click in the worker.
+
+    Attributes:
+        click: At the client.
+        computing: In the worker.
+        added: The difference.
+        bare: The same difference where nothing is done on the same way; see `tests.benchmarks.bare`.
+    """
 
     kind = "added"
     click: Stats
     computing: Stats
     added: Stats
+    bare: Stats
 
 
 @dataclass(frozen=True)

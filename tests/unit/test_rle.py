@@ -38,12 +38,19 @@ def test_run_lengths_describe_the_mask(mask: Mask) -> None:
     assert again["counts"] == rle.encode(mask)
 
 
-@given(st.lists(st.integers(0, 2**28), min_size=1, max_size=30))
-def test_long_runs(runs: list[int]) -> None:
-    # Up to 2^28: pycocotools writes beyond its buffer for differences of 2^29 and more.
-    height, width = 1, sum(runs)
-    counts = coco.frPyObjects({"size": [height, width], "counts": runs}, height, width)["counts"]
-    assert rle.run_lengths(counts).tolist() == runs
+@given(st.lists(st.integers(0, rle.MAX_PIXELS // 30), min_size=1, max_size=30))
+def test_runs_come_back(runs: list[int]) -> None:
+    assert rle.run_lengths(rle.compress(np.array(runs))).tolist() == runs
+
+
+@pytest.mark.parametrize("runs", [[rle.MAX_PIXELS], [0, rle.MAX_PIXELS], [2**24, 2**24 - 1, 2**24, 2**24 - 1, 2]])
+def test_the_longest_runs_come_back(runs: list[int]) -> None:
+    assert rle.run_lengths(rle.compress(np.array(runs))).tolist() == runs
+
+
+def test_more_pixels_than_pycocotools_has_room_for_are_refused() -> None:
+    with pytest.raises(ValueError, match="at most 67108864"):
+        rle.compress(np.array([rle.MAX_PIXELS, 1]))
 
 
 @given(masks)

@@ -135,7 +135,7 @@ def test_sizes_in_bytes(text: str | int, expected: int, tmp_path: Path, monkeypa
 
 BAD: dict[str, list[Any]] = {
     "max_image_bytes": ["0", 0, "-1", "1 apple", "MiB", "", "inf"],
-    "max_image_pixels": [0, 2**28 + 1, "1e6", 1.5],
+    "max_image_pixels": [0, 2**26 + 1, "1e6", 1.5],
     "max_prompts": [0, -1, "few"],
     "fetch_timeout": [0, -1, "nan", "inf", float("inf")],
     "session_idle_seconds": [0],

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from segrpc.service import rle
 from segrpc.service.models.sam2 import masks
-from segrpc.service.rle import Runs, runs_of_mask
+from segrpc.service.rle import runs_of_mask
 from segrpc.service.upsampling import Taps, linear_taps, runs_above_zero, runs_of_rows
 
 Float32Array = npt.NDArray[np.float32]
@@ -116,25 +116,3 @@ def test_the_last_bit_of_a_rounding_is_not_guessed() -> None:
     assert a * np.float32(0.625) == b * np.float32(0.375)
     assert float(a) * 0.625 > float(b) * 0.375
     assert runs_of_rows(np.array([[a], [-b]], np.float32), Taps.of(*linear_taps(2, 8), 2)) is None
-
-
-def runs_of(*lengths: int) -> Runs:
-    return np.array(lengths, np.int64)
-
-
-@pytest.mark.parametrize(
-    "runs",
-    [
-        runs_of(5),
-        runs_of(0, 5),
-        runs_of(3, 2),
-        runs_of(1, 1, 1, 1, 1, 1),
-        runs_of(2**28, 1, 2**20, 15, 16, 17, 31, 32, 33, 0 + 511, 512, 1, 2**27),
-    ],
-    ids=str,
-)
-def test_compressing_is_what_pycocotools_does(runs: Runs) -> None:
-    total = int(runs.sum())
-    theirs = coco.frPyObjects({"size": [total, 1], "counts": runs.tolist()}, total, 1)["counts"]
-    assert rle.compress(runs) == theirs
-    np.testing.assert_array_equal(rle.run_lengths(theirs), runs)

@@ -18,6 +18,10 @@ BoolMask = npt.NDArray[np.bool_]
 Runs = npt.NDArray[np.int64]
 Box: TypeAlias = tuple[int, int, int, int]
 
+# pycocotools has room for six characters a run, and writes a zero behind them: beyond its buffer if all runs need six,
+# which takes runs of 2^24 pixels, and four of them, two of which differ by as much.
+MAX_PIXELS = 2**26
+
 _MAX_GROUPS = 7  # 35 bits: more than any run that fits an image
 
 
@@ -107,9 +111,16 @@ def run_lengths(counts: bytes) -> Runs:
 
 
 def compress(runs: Runs) -> bytes:
-    """Compress the lengths of runs, background first, into counts: the inverse of `run_lengths`."""
-    total = int(runs.sum())  # all that pycocotools does with the size is to keep it
-    return bytes(coco.frPyObjects({"size": [total, 1], "counts": runs.astype(np.uint32)}, total, 1)["counts"])
+    """Compress the lengths of runs, background first, into counts: the inverse of `run_lengths`.
+
+    Raises:
+        ValueError: If they sum to more than `MAX_PIXELS`.
+    """
+    total = int(runs.sum())
+    if total > MAX_PIXELS:
+        raise ValueError(f"the mask has {total} pixels; at most {MAX_PIXELS} can be encoded")
+    size = [total, 1]  # all that pycocotools does with the size is to keep it
+    return bytes(coco.frPyObjects({"size": size, "counts": runs.astype(np.uint32)}, *size)["counts"])
 
 
 def area(runs: Runs) -> int:

@@ -17,6 +17,7 @@ from segrpc.service.engine.factory import EngineKind
 from segrpc.service.errors import ConfigurationError
 from segrpc.service.images.policy import SourcePolicy
 from segrpc.service.models.sam2.catalog import VARIANTS, name_for_file
+from segrpc.service.rle import MAX_PIXELS
 from segrpc.service.schemas import FloatType, ModelDeploymentConfig
 
 MiB = 2**20
@@ -75,8 +76,7 @@ class Settings(BaseSettings):
     )
 
     max_image_bytes: ByteSize = Field(ByteSize(64 * MiB), gt=0, description="largest encoded image")
-    # 2^28: pycocotools writes beyond its buffer for runs of 2^29 pixels.
-    max_image_pixels: int = Field(64_000_000, gt=0, le=2**28, description="largest image, width times height")
+    max_image_pixels: int = Field(64_000_000, gt=0, le=MAX_PIXELS, description="largest image, width times height")
     max_prompts: int = Field(64, gt=0, description="most prompts in a request")
     max_points: int = Field(1024, gt=0, description="most points in a prompt")
     max_chunk_bytes: ByteSize = Field(ByteSize(1 * MiB), gt=0, description="largest chunk of an upload")

@@ -49,7 +49,7 @@ GOOD: tuple[Row, ...] = (
     Throughput(16, 15.0, 45.0, stats(0.3)),
     Start("encode", 1024, 1024, stats(2.0), stats(1.0)),
     Start("first mask", 1024, 1024, stats(2.0), stats(4.0)),
-    Added(stats(0.03), stats(0.029), stats(0.001)),
+    Added(stats(0.03), stats(0.029), stats(0.001), stats(0.001)),
     Meanwhile(stats(0.03), stats(0.045), 12),
     Memory(64, 1.5 * 2**20, 0.0),
     ColdStart(stats(3.0), stats(6.0)),
@@ -60,7 +60,7 @@ BAD: tuple[Row, ...] = (
     click("first click", 3840, 2160, 0.3),
     Throughput(16, 15.0, 20.0, stats(0.3)),
     Start("encode", 1024, 1024, stats(1.0), stats(1.0)),
-    Added(stats(0.03), stats(0.027), stats(0.003)),
+    Added(stats(0.03), stats(0.027), stats(0.003), stats(0.001)),
     Meanwhile(stats(0.03), stats(0.09), 12),
     Memory(64, 3 * 2**20, 0.0),
 )

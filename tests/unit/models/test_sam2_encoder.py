@@ -252,6 +252,13 @@ def test_weights_that_are_not_in_float32_on_a_cpu_are_refused() -> None:
             FastEncoder(model, MEAN, STD)
 
 
+def test_a_torch_without_the_products_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", lambda *_: torch.ops.mkldnn.there_is_none())
+    with pytest.raises(UnsupportedEncoderError, match="lacks oneDNN"):
+        FastEncoder(model, MEAN, STD)
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_checkpoint("sam2.1-hiera-tiny", tmp_path_factory.mktemp("tiny")))

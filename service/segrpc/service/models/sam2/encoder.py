@@ -49,9 +49,7 @@ class FastEncoder:
         weights = self._weights
         tokens, levels = self._patches(self._normalised(pixels)), []
         for run in weights.runs:
-            if run.order is not None:
-                tokens = tokens[run.order]
-            tokens, found = _in_pieces(run, tokens)
+            tokens, found = _in_pieces(run, tokens[run.order])
             levels += found
         fine, medium, coarse, coarsest = levels
         coarse.view(len(coarsest), 4, -1).add_(coarsest[:, None])
@@ -64,9 +62,9 @@ class FastEncoder:
         return resized.sub_(self._mean).div_(self._std)
 
     def _patches(self, image: Tensor) -> Tensor:
-        weights = self._weights
-        found = functional.conv2d(image, weights.patches, stride=4, padding=3)[0]
-        return found.permute(1, 2, 0).flatten(0, 1)[weights.first].add_(weights.position)
+        """Return the first tokens, in rows."""
+        found = functional.conv2d(image, self._weights.patches, stride=4, padding=3)[0]
+        return found.permute(1, 2, 0).flatten(0, 1).add_(self._weights.position)
 
 
 def _in_pieces(run: Run, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -59,8 +59,8 @@ def _check(model: Any, encoder: Any) -> None:
     }.items():
         if not holds:
             raise UnsupportedEncoderError(f"its {name} is another")
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        raise UnsupportedEncoderError("this build of torch lacks oneDNN")
+    if not PackedLinear.works():
+        raise UnsupportedEncoderError("this build of torch lacks oneDNN's products")
 
 
 class _Reader:
@@ -74,48 +74,37 @@ class _Reader:
     def read(self) -> EncoderWeights:
         trunk, size = self._trunk, self._model.image_size
         side = size // 4
-        first = token_order(side, trunk.window_spec[0])
         position = trunk._get_pos_embed((side, side))[0].flatten(0, 1) + trunk.patch_embed.proj.bias
-        runs, orders = self._runs(first, side)
+        runs, orders = self._runs(side)
         fine, medium, coarse, coarsest = orders
         if not torch.equal(coarse, expanded(coarsest, side // 8)):
             raise UnsupportedEncoderError("its windows of the last stages are others")
         return EncoderWeights(
             size=size,
             patches=trunk.patch_embed.proj.weight.detach().contiguous(memory_format=torch.channels_last),
-            position=position[first],
-            first=first,
+            position=position,
             runs=runs,
             rows=(fine.argsort(), medium.argsort(), coarse.argsort()),
         )
 
-    def _runs(self, order: Tensor, side: int) -> tuple[tuple[Run, ...], list[Tensor]]:
+    def _runs(self, side: int) -> tuple[tuple[Run, ...], list[Tensor]]:
         """Return the blocks, and the order of tokens at the end of each stage."""
-        runs: list[Run] = []
-        blocks: list[Block] = []
-        levels: list[PackedLinear | None] = []
-        change: Tensor | None = None
+        order = token_order(side, self._trunk.window_spec[0])
+        parts: list[tuple[Tensor, list[Block], list[PackedLinear | None]]] = [(order, [], [])]
         ends: list[Tensor] = []
-
-        def finish() -> None:
-            runs.append(Run(change, tuple(blocks), tuple(levels), _piece(blocks)))
-            blocks.clear()
-            levels.clear()
-
         for i, block in enumerate(self._trunk.blocks):
             wanted = token_order(side, block.window_size) if block.window_size else order
             if not torch.equal(order, wanted):
-                finish()
-                change = order.argsort()[wanted]
+                parts.append((order.argsort()[wanted], [], []))
                 order = wanted
+            _, blocks, levels = parts[-1]
             blocks.append(self._block(block, windows(side, block.window_size or side)))
             if block.q_stride:
                 order, side = _pooled(order, side), side // 2
-            levels.append(None)
+            levels.append(self._level(len(ends)) if i in self._trunk.stage_ends else None)
             if i in self._trunk.stage_ends:
-                levels[-1] = self._level(len(ends))
                 ends.append(order)
-        finish()
+        runs = [Run(change, tuple(blocks), tuple(levels), _piece(blocks)) for change, blocks, levels in parts]
         return tuple(runs), ends
 
     def _block(self, block: Any, seen: list[Windows]) -> Block:
@@ -145,6 +134,7 @@ class _Reader:
 
 
 def _pooled(order: Tensor, side: int) -> Tensor:
+    """Return what is left of the order of a grid ``[side, side]`` when each four tokens become one."""
     corner = order[::4]
     return corner // side // 2 * (side // 2) + corner % side // 2
 

@@ -34,6 +34,16 @@ class PackedLinear:
         found: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, to, self._weight, self.bias, "add")
         return found
 
+    @classmethod
+    def works(cls) -> bool:
+        """Tell whether this build of torch has what it takes; the operators are those of torch's own compiler."""
+        try:
+            linear, x = cls(torch.eye(2), torch.zeros(2)), torch.ones(1, 2)
+            linear.added(linear(x, "gelu"), x)
+        except (AttributeError, RuntimeError):
+            return False
+        return True
+
 
 @dataclass(frozen=True, slots=True)
 class Norm:
@@ -74,13 +84,13 @@ class Run:
     """Blocks between which tokens keep their order.
 
     Attributes:
-        order: ``[N]``, which of the tokens that came before are taken, or None if they are in order.
+        order: ``[N]``, where each token is among those that come in.
         blocks: The blocks.
         levels: For each of them the layer of the neck that its result goes through, if it ends a stage.
         piece: The number of tokens at the start that see no others all through the run.
     """
 
-    order: Tensor | None
+    order: Tensor
     blocks: tuple[Block, ...]
     levels: tuple[PackedLinear | None, ...]
     piece: int
@@ -92,16 +102,14 @@ class EncoderWeights:
 
     Attributes:
         size: Of the image that the network sees, in pixels.
-        patches: ``[C, 3, 7, 7]``, the convolution that makes tokens of patches.
-        position: ``[N, C]``, the position embedding and the bias of the convolution, in the order of the first tokens.
-        first: ``[N]``, that order.
-        runs: The blocks.
+        patches: ``[C, 3, 7, 7]`` with channels last, the convolution that makes tokens of patches.
+        position: ``[N, C]``, the position embedding and the bias of the convolution, in rows.
+        runs: The blocks. What goes into the first is in rows.
         rows: For the fine, the medium and the coarse level the order that puts its tokens into rows.
     """
 
     size: int
     patches: Tensor
     position: Tensor
-    first: Tensor
     runs: tuple[Run, ...]
     rows: tuple[Tensor, Tensor, Tensor]
