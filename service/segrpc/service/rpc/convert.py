@@ -17,6 +17,7 @@ from segrpc.service.engine.base import EncodeResult, SegmentResult, ServedModel,
 from segrpc.service.errors import InvalidFieldError, ModelNotFoundError, SegrpcError, Violation
 from segrpc.service.identity.principal import Principal
 from segrpc.service.images.decode import ImageHeader
+from segrpc.service.rpc.serialise import DATA_TYPES, serialise
 from segrpc.service.schemas import (
     CompressedRLE,
     FloatType,
@@ -30,12 +31,7 @@ from segrpc.v1 import model_service_pb2, segmentation_service_pb2, types_pb2
 MAX_NAME = 128  # characters of request_id, session_id and model
 DEFAULT_MULTIMASK_OUTPUTS = 3
 
-_FLOAT_TYPES: dict[types_pb2.DataType.ValueType, FloatType] = {
-    types_pb2.DATA_TYPE_FLOAT32: "float32",
-    types_pb2.DATA_TYPE_FLOAT16: "float16",
-    types_pb2.DATA_TYPE_BFLOAT16: "bfloat16",
-}
-_DATA_TYPES = {name: number for number, name in _FLOAT_TYPES.items()}
+_FLOAT_TYPES = {number: name for name, number in DATA_TYPES.items()}
 _LABELS: dict[types_pb2.PointLabel.ValueType, Literal[0, 1]] = {
     types_pb2.POINT_LABEL_UNSPECIFIED: 1,
     types_pb2.POINT_LABEL_FOREGROUND: 1,
@@ -237,38 +233,41 @@ def in_request_terms(error: SegrpcError) -> SegrpcError:
 
 def segment_response(
     request_id: str, model: str, digest: str, result: SegmentResult, mask_encoding: int, total: float
-) -> segmentation_service_pb2.SegmentResponse:
-    """Put an engine's result into a message."""
+) -> bytes:
+    """Turn an engine's result into a serialised SegmentResponse."""
     output = result.output
     response = segmentation_service_pb2.SegmentResponse(
         request_id=request_id,
         model=model,
         image=image_info(digest, result.header),
         predictions=predictions(output, mask_encoding),
-        high_resolution_features=[tensor(t) for t in output.high_resolution_features or ()],
         timing=timing(result.times, total),
     )
-    if output.mask_logits is not None:
-        response.mask_logits.CopyFrom(tensor(output.mask_logits))
-    if output.image_embedding is not None:
-        response.image_embedding.CopyFrom(tensor(output.image_embedding))
-    return response
+    return serialise(
+        response,
+        {
+            "mask_logits": [output.mask_logits],
+            "image_embedding": [output.image_embedding],
+            "high_resolution_features": output.high_resolution_features or (),
+        },
+    )
 
 
-def encode_image_response(
-    request_id: str, model: str, digest: str, result: EncodeResult, total: float
-) -> segmentation_service_pb2.EncodeImageResponse:
-    """Put an engine's result into a message."""
+def encode_image_response(request_id: str, model: str, digest: str, result: EncodeResult, total: float) -> bytes:
+    """Turn an engine's result into a serialised EncodeImageResponse."""
     response = segmentation_service_pb2.EncodeImageResponse(
         request_id=request_id,
         model=model,
         image=image_info(digest, result.header),
-        high_resolution_features=[tensor(t) for t in result.high_resolution_features],
         timing=timing(result.times, total),
     )
-    if result.image_embedding is not None:
-        response.image_embedding.CopyFrom(tensor(result.image_embedding))
-    return response
+    return serialise(
+        response,
+        {
+            "image_embedding": [result.image_embedding],
+            "high_resolution_features": result.high_resolution_features,
+        },
+    )
 
 
 def predictions(output: SegmentationOutput, mask_encoding: int) -> Iterable[types_pb2.Prediction]:
@@ -299,7 +298,7 @@ def mask_message(mask: CompressedRLE, score: float, mask_encoding: int) -> types
 
 def tensor(array: NDArrayFloat) -> types_pb2.Tensor:
     """Put an array into a message."""
-    return types_pb2.Tensor(dtype=_DATA_TYPES[array.dtype], shape=array.shape, data=array.data)
+    return types_pb2.Tensor(dtype=DATA_TYPES[array.dtype], shape=array.shape, data=array.data)
 
 
 def image_info(digest: str, header: ImageHeader) -> types_pb2.ImageInfo:
@@ -343,6 +342,6 @@ def model_message(model: ServedModel, is_default: bool, limits: model_service_pb
         mask_input=about.mask_input,
         embeddings=about.embeddings,
         device=about.device,
-        compute_dtype=_DATA_TYPES[about.compute_dtype],
+        compute_dtype=DATA_TYPES[about.compute_dtype],
         limits=limits,
     )

@@ -104,6 +104,8 @@ class Boundary(grpc.aio.ServerInterceptor):
                 request = await _sized(len(raw), _parser(method, parse), raw)
                 call.adopt(request)
                 response = await behaviour(request, call.context)
+                if isinstance(response, bytes):
+                    return response  # the handler serialised it, because it is large
                 data: bytes = await _sized(response.ByteSize(), serialise, response)
                 return data
 

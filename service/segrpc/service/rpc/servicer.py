@@ -40,9 +40,9 @@ class SegmentationServicer(SegmentationServiceServicer):
         self._images = services.images
         self._limits = services.limits
 
-    async def Segment(  # noqa: N802
+    async def Segment(  # type: ignore[override]  # noqa: N802 - a serialised response
         self, request: segmentation_service_pb2.SegmentRequest, context: Context
-    ) -> segmentation_service_pb2.SegmentResponse:
+    ) -> bytes:
         """Segment objects in one image."""
         start, token = time.perf_counter(), CancelToken(context.time_remaining())
         model = convert.find_model(self._engine.models, context.principal, request.model, "model")
@@ -66,9 +66,9 @@ class SegmentationServicer(SegmentationServiceServicer):
             time.perf_counter() - start,
         )
 
-    async def EncodeImage(  # noqa: N802
+    async def EncodeImage(  # type: ignore[override]  # noqa: N802 - a serialised response
         self, request: segmentation_service_pb2.EncodeImageRequest, context: Context
-    ) -> segmentation_service_pb2.EncodeImageResponse:
+    ) -> bytes:
         """Compute the embedding of an image ahead of the first click."""
         start, token = time.perf_counter(), CancelToken(context.time_remaining())
         model = convert.find_model(self._engine.models, context.principal, request.model, "model")
