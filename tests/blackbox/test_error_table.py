@@ -1,4 +1,7 @@
-"""Each row of the error table that the unary calls can reach: code, reason and field path."""
+"""Each row of the error table that the unary calls can reach: code, reason and field path.
+
+Those about who calls are in `test_identity`.
+"""
 
 import hashlib
 import io

@@ -76,6 +76,10 @@ def test_every_option_can_be_given_by_each_source(tmp_path: Path, monkeypatch: p
         "device": "cpu",
         "encoder": "reference",
         "listen": "0.0.0.0:1",
+        "tls_certificate": "/c.pem",
+        "tls_key": "/k.pem",
+        "tls_client_ca": "/a.pem",
+        "keys_file": "/k.toml",
         "models": [{"name": "m"}],
         "media_root": ["/m"],
         "allowed_host": ["h.example"],
@@ -146,6 +150,8 @@ BAD: dict[str, list[Any]] = {
     "log_level": ["INFO"],
     "reflection": ["maybe"],
     "threads": [-1],
+    "jwt_jwks": ["http://example.org/jwks", "http://127.0.0.1.example.org/", "ftp://127.0.0.1/", "https://"],
+    "jwt_refresh_seconds": [0, "inf"],
 }
 
 

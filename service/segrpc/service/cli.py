@@ -17,6 +17,7 @@ from segrpc.service.engine.base import EngineOptions
 from segrpc.service.engine.factory import create_engine
 from segrpc.service.engine.logs import configure_logging
 from segrpc.service.errors import SegrpcError
+from segrpc.service.identity.keys import new_key, toml_of
 from segrpc.service.models.sam2.catalog import VARIANTS
 from segrpc.service.rpc.server import Server, image_limits
 from segrpc.service.schemas import violations_of
@@ -67,6 +68,14 @@ def _parser() -> argparse.ArgumentParser:
     pull.add_argument("model", choices=sorted(VARIANTS), metavar="MODEL", help=f"one of {', '.join(sorted(VARIANTS))}")
     pull.add_argument("--hub-id", default="", help="another repository with a checkpoint of that size and file name")
     pull.set_defaults(run=_pull)
+    key = commands.add_parser(
+        "key",
+        help="make an API key",
+        description="Make an API key. The key goes to standard error, this once; its table for the file of "
+        "--keys-file, which has only a hash, to standard output: segrpc-server key alice >> keys.toml.",
+    )
+    key.add_argument("name", metavar="NAME", help="whose key it is")
+    key.set_defaults(run=_key)
     return parser
 
 
@@ -129,6 +138,14 @@ def _pull(args: argparse.Namespace) -> int:
     file = pull(variant, args.hub_id)
     build_model(read_checkpoint(file), variant.config, "cpu", f"the fetched checkpoint {str(file)!r}")
     print(f"{args.model} is ready at {file}\nserve it with: segrpc-server serve --model {args.model}")
+    return 0
+
+
+def _key(args: argparse.Namespace) -> int:
+    key = new_key()
+    block = toml_of(args.name, key)
+    print(f"the key of {args.name}, which is shown only now:\n{key}\n", file=sys.stderr)
+    print(block)
     return 0
 
 

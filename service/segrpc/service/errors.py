@@ -13,8 +13,14 @@ table in ``rpc/status.py`` turns the branches of this tree into gRPC statuses::
     │   ├── ConfigNotFirstError        CONFIG_NOT_FIRST
     │   ├── ChunkOffsetError           CHUNK_OFFSET
     │   └── DigestMismatchError        DIGEST_MISMATCH
+    ├── UnauthenticatedError           who calls is not known
+    │   ├── CredentialMissingError     CREDENTIAL_MISSING
+    │   ├── CredentialInvalidError     CREDENTIAL_INVALID
+    │   └── CredentialExpiredError     CREDENTIAL_EXPIRED
     ├── NotAllowedError                the policy forbids it
-    │   └── UriNotAllowedError         URI_NOT_ALLOWED
+    │   ├── UriNotAllowedError         URI_NOT_ALLOWED
+    │   ├── MethodNotAllowedError      METHOD_NOT_ALLOWED
+    │   └── ModelNotAllowedError       MODEL_NOT_ALLOWED
     ├── PreconditionError              the request is right, but not here or not now
     │   ├── ImageFetchError            IMAGE_FETCH_FAILED
     │   ├── CapabilityMissingError     CAPABILITY_MISSING
@@ -30,8 +36,10 @@ table in ``rpc/status.py`` turns the branches of this tree into gRPC statuses::
     │   └── OutOfMemoryError           OUT_OF_MEMORY
     ├── UnavailableError               nobody here to answer; may work later
     │   ├── DrainingError              DRAINING
-    │   └── WorkerUnavailableError     WORKER_UNAVAILABLE
+    │   ├── WorkerUnavailableError     WORKER_UNAVAILABLE
+    │   └── IdentityUnavailableError   IDENTITY_UNAVAILABLE
     ├── DeadlineError                  the caller's time is over
+    ├── ConfigurationError             settings that do not go together; seen by the operator, not by clients
     └── ModelLoadError                 a model cannot be loaded; seen by the operator, not by clients
 """
 
@@ -132,6 +140,28 @@ class DigestMismatchError(InvalidInputError):
     reason = "DIGEST_MISMATCH"
 
 
+class UnauthenticatedError(SegrpcError):
+    """Who calls is not known."""
+
+
+class CredentialMissingError(UnauthenticatedError):
+    """The call has no credential."""
+
+    reason = "CREDENTIAL_MISSING"
+
+
+class CredentialInvalidError(UnauthenticatedError):
+    """The credential is wrong: unknown, withdrawn, forged, or meant for somebody else."""
+
+    reason = "CREDENTIAL_INVALID"
+
+
+class CredentialExpiredError(UnauthenticatedError):
+    """The credential was valid, and is not any more."""
+
+    reason = "CREDENTIAL_EXPIRED"
+
+
 class NotAllowedError(SegrpcError):
     """The policy forbids it."""
 
@@ -140,6 +170,18 @@ class UriNotAllowedError(NotAllowedError):
     """The policy does not allow this path or URL."""
 
     reason = "URI_NOT_ALLOWED"
+
+
+class MethodNotAllowedError(NotAllowedError):
+    """The caller may not call this method."""
+
+    reason = "METHOD_NOT_ALLOWED"
+
+
+class ModelNotAllowedError(NotAllowedError):
+    """The caller may not use this model."""
+
+    reason = "MODEL_NOT_ALLOWED"
 
 
 class PreconditionError(SegrpcError):
@@ -241,8 +283,18 @@ class WorkerUnavailableError(UnavailableError):
     reason = "WORKER_UNAVAILABLE"
 
 
+class IdentityUnavailableError(UnavailableError):
+    """The authority that knows whether a credential is valid cannot be asked."""
+
+    reason = "IDENTITY_UNAVAILABLE"
+
+
 class DeadlineError(SegrpcError):
     """The caller's deadline passed, or the caller left, before the work was done."""
+
+
+class ConfigurationError(SegrpcError):
+    """Settings do not go together, or a file that they name cannot be used."""
 
 
 class ModelLoadError(SegrpcError):

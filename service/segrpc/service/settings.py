@@ -5,13 +5,16 @@ Sources, the stronger first: the command line, ``SEGRPC_*`` environment variable
 
 import json
 import tomllib
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, ByteSize, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from segrpc.service.engine.factory import EngineKind
+from segrpc.service.errors import ConfigurationError
 from segrpc.service.images.policy import SourcePolicy
 from segrpc.service.models.sam2.catalog import VARIANTS, name_for_file
 from segrpc.service.rle import MAX_PIXELS
@@ -21,6 +24,14 @@ MiB = 2**20
 GiB = 2**30
 
 T = TypeVar("T")
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a host, as a literal address or ``localhost``, is this machine only."""
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def _from_json(value: Any) -> Any:
@@ -86,6 +97,24 @@ class Settings(BaseSettings):
     session_idle_seconds: Seconds = Field(600.0, gt=0, description="how long an unused session is kept")
     session_detached_seconds: Seconds = Field(120.0, gt=0, description="how long a session waits to be resumed")
 
+    tls_certificate: Path | None = Field(
+        None, description="certificate chain in PEM: serve with TLS; read when it changes"
+    )
+    tls_key: Path | None = Field(None, description="the certificate's private key in PEM")
+    tls_client_ca: Path | None = Field(
+        None, description="authorities in PEM: clients must have certificates of theirs, which say who they are"
+    )
+    keys_file: Path | None = Field(
+        None, description="TOML file of API keys, as `segrpc-server key` makes them; read when it changes"
+    )
+    jwt_issuer: str = Field("", description="take JSON Web Tokens of this issuer (their claim iss)")
+    jwt_audience: str = Field("", description="the audience that tokens must be meant for (their claim aud)")
+    jwt_jwks: str = Field("", description="the issuer's public keys, as JWKS: a file or an https URL")
+    jwt_refresh_seconds: Seconds = Field(
+        30.0, gt=0, description="shortest time between two looks at the URL of jwt_jwks, for keys that are unknown"
+    )
+    insecure: bool = Field(False, description="listen beyond the loopback interface without TLS or without credentials")
+
     media_root: Many[Path] = Field((), description="folder whose files clients may name; may be repeated")
     allowed_host: Many[str] = Field((), description="host whose URLs clients may name; may be repeated")
     allow_private_addresses: bool = Field(False, description="allow hosts on private and loopback addresses")
@@ -103,6 +132,15 @@ class Settings(BaseSettings):
         if not host or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
             raise ValueError(f"{listen!r} must be HOST:PORT with a port of 0 to 65535")
         return listen
+
+    @field_validator("jwt_jwks")
+    @classmethod
+    def _check_jwks(cls, jwks: str) -> str:
+        scheme, found, rest = jwks.partition("://")
+        plain = found and scheme == "http" and is_loopback(urlsplit(jwks).hostname or "")
+        if found and not plain and (scheme != "https" or not rest):
+            raise ValueError(f"{jwks!r} must be a file, an https URL, or an http URL on the loopback interface")
+        return jwks
 
     @field_validator("allowed_host")
     @classmethod
@@ -130,6 +168,35 @@ class Settings(BaseSettings):
         if len(set(names)) != len(names):
             raise ValueError("two [[models]] tables have the same name")
         return self
+
+    @property
+    def identifies(self) -> bool:
+        """Whether callers must say who they are."""
+        return bool(self.tls_client_ca or self.keys_file or self.jwt_issuer)
+
+    def check_security(self) -> None:
+        """Look whether the settings of transport and identity go together, and are safe where the server listens.
+
+        Raises:
+            ConfigurationError: If not.
+        """
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ConfigurationError("tls_certificate and tls_key need each other")
+        if self.tls_client_ca and not self.tls_certificate:
+            raise ConfigurationError("tls_client_ca needs tls_certificate and tls_key")
+        if len({bool(self.jwt_issuer), bool(self.jwt_audience), bool(self.jwt_jwks)}) > 1:
+            raise ConfigurationError("jwt_issuer, jwt_audience and jwt_jwks need each other")
+        if self.insecure or is_loopback(self.listen.rpartition(":")[0]):
+            return
+        missing = [
+            *([] if self.tls_certificate else ["TLS (tls_certificate, tls_key)"]),
+            *([] if self.identifies else ["credentials (keys_file, jwt_issuer or tls_client_ca)"]),
+        ]
+        if missing:
+            raise ConfigurationError(
+                f"{self.listen} can be reached from other machines, but there is no {' and no '.join(missing)}; "
+                "set them, listen on 127.0.0.1, or give --insecure to let anybody in"
+            )
 
     def device_names(self) -> tuple[str, ...]:
         """Return the names of `devices`; empty if the models choose where to run."""

@@ -7,54 +7,65 @@ from segrpc.service.errors import ImageNotFoundError, InvalidFieldError
 from segrpc.service.images.decode import digest_of
 from segrpc.service.images.store import ImageStore
 
+ME, YOU = "me", "you"
+
 
 def test_files_are_found_by_digest() -> None:
     store = ImageStore()
-    digest = store.put(b"one")
+    digest = store.put(ME, b"one")
     assert digest == digest_of(b"one")
-    assert store.get(digest) == b"one"
-    assert digest in store
-    assert store.put(b"one") == digest
+    assert store.get(ME, digest) == b"one"
+    assert (ME, digest) in store
+    assert store.put(ME, b"one") == digest
     assert (len(store), store.nbytes) == (1, 3)
 
 
 def test_the_file_that_was_not_used_for_longest_goes_first() -> None:
     store = ImageStore(max_bytes=10)
-    first, second, third = store.put(b"aaaa"), store.put(b"bbbb"), digest_of(b"cccc")
-    store.get(first)
-    assert store.put(b"cccc") == third
-    assert [digest in store for digest in (first, second, third)] == [True, False, True]
-    store.put(b"aaaa")  # counts as use
-    store.put(b"dddd")
-    assert [digest in store for digest in (first, third)] == [True, False]
+    first, second, third = store.put(ME, b"aaaa"), store.put(ME, b"bbbb"), digest_of(b"cccc")
+    store.get(ME, first)
+    assert store.put(ME, b"cccc") == third
+    assert [(ME, digest) in store for digest in (first, second, third)] == [True, False, True]
+    store.put(ME, b"aaaa")  # counts as use
+    store.put(ME, b"dddd")
+    assert [(ME, digest) in store for digest in (first, third)] == [True, False]
     assert (len(store), store.nbytes) == (2, 8)
 
 
 def test_one_large_file_may_push_out_several() -> None:
     store = ImageStore(max_bytes=10)
     for data in (b"aaaa", b"bb", b"cc"):
-        store.put(data)
-    store.put(b"d" * 9)
+        store.put(ME, data)
+    store.put(ME, b"d" * 9)
     assert (len(store), store.nbytes) == (1, 9)
 
 
 def test_a_file_above_the_budget_is_not_kept_and_pushes_nothing_out() -> None:
     store = ImageStore(max_bytes=10)
-    kept = store.put(b"a" * 10)
-    assert store.put(b"b" * 11) not in store
-    assert kept in store
+    kept = store.put(ME, b"a" * 10)
+    assert (ME, store.put(ME, b"b" * 11)) not in store
+    assert (ME, kept) in store
 
 
 @pytest.mark.parametrize("digest", ["", "sha256:", "a" * 64, digest_of(b"").upper()])
 def test_malformed_digests(digest: str) -> None:
     with pytest.raises(InvalidFieldError) as caught:
-        ImageStore().get(digest)
+        ImageStore().get(ME, digest)
     assert caught.value.violations[0].field == "digest"
 
 
 def test_unknown_digests() -> None:
     with pytest.raises(ImageNotFoundError, match="send the image again"):
-        ImageStore().get(digest_of(b"unknown"))
+        ImageStore().get(ME, digest_of(b"unknown"))
+
+
+def test_nobody_finds_what_another_has() -> None:
+    store = ImageStore()
+    digest = store.put(ME, b"one")
+    with pytest.raises(ImageNotFoundError):
+        store.get(YOU, digest)
+    store.put(YOU, b"one")
+    assert (len(store), store.nbytes) == (2, 6)  # each pays for a copy: nobody's is gone sooner for another's sake
 
 
 def test_threads_may_share_it() -> None:
@@ -62,9 +73,9 @@ def test_threads_may_share_it() -> None:
 
     def work(seed: int) -> None:
         for i in range(300):
-            digest = store.put(bytes([seed]) * (i % 90 + 1))
+            digest = store.put(ME, bytes([seed]) * (i % 90 + 1))
             with suppress(ImageNotFoundError):  # pushed out by another thread
-                assert digest_of(store.get(digest)) == digest
+                assert digest_of(store.get(ME, digest)) == digest
             assert store.nbytes <= 500
 
     with ThreadPoolExecutor(8) as pool:

@@ -1,5 +1,8 @@
 """The table from errors to statuses covers the whole tree."""
 
+import re
+from pathlib import Path
+
 import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
@@ -13,7 +16,8 @@ def leaves(kind: type[errors.SegrpcError]) -> list[type[errors.SegrpcError]]:
     return below or [kind]
 
 
-CLIENT_ERRORS = [kind for kind in leaves(errors.SegrpcError) if kind is not errors.ModelLoadError]
+OF_OPERATORS = (errors.ModelLoadError, errors.ConfigurationError)
+CLIENT_ERRORS = [kind for kind in leaves(errors.SegrpcError) if kind not in OF_OPERATORS]
 
 
 @pytest.mark.parametrize("kind", CLIENT_ERRORS)
@@ -25,6 +29,15 @@ def test_each_error_has_a_code_and_a_reason(kind: type[errors.SegrpcError]) -> N
 def test_reasons_are_unique() -> None:
     reasons = [kind.reason for kind in CLIENT_ERRORS]
     assert len(set(reasons)) == len(reasons)
+
+
+def test_the_documented_table_is_complete() -> None:
+    table = (Path(__file__).parents[3] / "docs" / "protocol.md").read_text("utf-8").partition("## Errors")[2]
+    documented = {
+        word for line in table.splitlines() if line.startswith("|") for word in re.findall(r"[A-Z_]{7,}", line)
+    }
+    for kind in CLIENT_ERRORS:
+        assert {kind.reason or "DEADLINE_EXCEEDED", code_of(kind("text")).name} <= documented, kind
 
 
 def test_the_whole_status_fits_into_trailers() -> None:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from segrpc.service.errors import OverloadedError, SegrpcError, SessionNotFoundError, SessionTakenError
@@ -46,7 +48,7 @@ def test_a_detached_session_is_resumed_as_it_was(store: SessionStore, clock: Clo
     store.detach(first)
     assert (len(store), store.attached) == (1, 0)
     clock.now = 9
-    second = store.resume(first.session.id, first.token, Stream().end)
+    second = store.resume("", first.session.id, first.token, Stream().end)
     assert second.session is first.session
     assert (second.resumed, second.session.revision, store.attached) == (True, 1, 1)
 
@@ -54,7 +56,7 @@ def test_a_detached_session_is_resumed_as_it_was(store: SessionStore, clock: Clo
 def test_resuming_takes_the_session_away_from_its_stream(store: SessionStore) -> None:
     stream = Stream()
     first = opened(store, stream)
-    second = store.resume(first.session.id, first.token, Stream().end)
+    second = store.resume("", first.session.id, first.token, Stream().end)
     assert stream.ends == [SessionTakenError]
     store.detach(first)  # the first stream's end has no say any more
     store.close(first)
@@ -69,7 +71,19 @@ def test_only_the_token_opens_a_session(store: SessionStore, wrong: str) -> None
     session_id = "other" if wrong == "session" else first.session.id
     token = "öther" if wrong == "token" else first.token
     with pytest.raises(SessionNotFoundError):
-        store.resume(session_id, token, Stream().end)
+        store.resume("", session_id, token, Stream().end)
+
+
+def test_the_token_of_another_owner_opens_nothing(store: SessionStore) -> None:
+    stream = Stream()
+    first = store.open(replace(IMAGE, owner="me"), SCENE, RefineOptions(), stream.end)
+    for owner in ("you", ""):
+        with pytest.raises(SessionNotFoundError):
+            store.find(owner, first.session.id, first.token)
+        with pytest.raises(SessionNotFoundError):
+            store.resume(owner, first.session.id, first.token, Stream().end)
+    assert stream.ends == []
+    assert store.find("me", first.session.id, first.token) is first.session
 
 
 def test_detached_sessions_expire(store: SessionStore, clock: Clock) -> None:
@@ -77,7 +91,7 @@ def test_detached_sessions_expire(store: SessionStore, clock: Clock) -> None:
     store.detach(first)
     clock.now = 10
     with pytest.raises(SessionNotFoundError):
-        store.resume(first.session.id, first.token, Stream().end)
+        store.resume("", first.session.id, first.token, Stream().end)
     assert (len(store), store.nbytes) == (0, 0)
 
 

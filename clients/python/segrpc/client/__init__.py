@@ -1,6 +1,7 @@
 """The Python client of segrpc: `SegmentationClient`, and `AsyncSegmentationClient` for asyncio."""
 
 from segrpc.client.aio import AsyncSegmentationClient
+from segrpc.client.channel import ConnectionOptions
 from segrpc.client.errors import (
     DeadlineExceededError,
     EditRejectedError,
@@ -54,6 +55,7 @@ __all__ = [
     "AsyncRefineSession",
     "AsyncSegmentationClient",
     "ClearBox",
+    "ConnectionOptions",
     "DeadlineExceededError",
     "Edit",
     "EditRejectedError",

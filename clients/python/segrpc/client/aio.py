@@ -1,7 +1,7 @@
 """The asyncio client."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -9,7 +9,14 @@ import grpc
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from segrpc.client import flow
-from segrpc.client.channel import DEFAULT_TARGET, DEFAULT_TIMEOUT, RECONNECT_SECONDS, channel_options
+from segrpc.client.channel import (
+    DEFAULT_TARGET,
+    DEFAULT_TIMEOUT,
+    RECONNECT_SECONDS,
+    Bearer,
+    ConnectionOptions,
+    open_channel,
+)
 from segrpc.client.codec import ImageLike, load_image
 from segrpc.client.errors import error_from
 from segrpc.client.flow import EncodeOptions, Flow, SegmentOptions, SentImages
@@ -20,6 +27,7 @@ from segrpc.client.sessions.state import SessionState
 from segrpc.client.sessions.types import RefineOptions
 from segrpc.client.types import EncodedImage, ImageInfo, ModelInfo, SegmentationResult
 from segrpc.v1.model_service_pb2_grpc import ModelServiceStub
+from segrpc.v1.refine_pb2 import RefineRequest
 from segrpc.v1.segmentation_service_pb2_grpc import SegmentationServiceStub
 
 R = TypeVar("R")
@@ -32,15 +40,11 @@ class AsyncSegmentationClient:
         self,
         target: str = DEFAULT_TARGET,
         *,
-        credentials: grpc.ChannelCredentials | None = None,
         timeout: float | None = DEFAULT_TIMEOUT,
-        options: Sequence[tuple[str, Any]] = (),
+        **connection: Unpack[ConnectionOptions],
     ) -> None:
-        all_options = channel_options(options)
-        if credentials is None:
-            self._channel = grpc.aio.insecure_channel(target, options=all_options)
-        else:
-            self._channel = grpc.aio.secure_channel(target, credentials, options=all_options)
+        self._channel = open_channel(target, connection, grpc.aio)
+        self._bearer = Bearer(connection.get("token"))
         self._stubs: dict[flow.Service, Any] = {
             "segmentation": SegmentationServiceStub(self._channel),
             "models": ModelServiceStub(self._channel),
@@ -138,7 +142,10 @@ class AsyncSegmentationClient:
         reconnect: float,
     ) -> AsyncRefineSession:
         seconds = self._timeout if timeout is None else timeout
-        return AsyncRefineSession(self._stubs["segmentation"].Refine, SessionState(source, options, reconnect), seconds)
+        return AsyncRefineSession(self._open_stream, SessionState(source, options, reconnect), seconds)
+
+    async def _open_stream(self, requests: AsyncIterator[RefineRequest]) -> Any:
+        return self._stubs["segmentation"].Refine(requests, metadata=await self._bearer.metadata_async())
 
     async def _run(self, steps: Flow[R], timeout: float | None) -> R:  # noqa: ASYNC109
         """Perform the calls of a flow; the timeout covers all of them."""
@@ -148,9 +155,10 @@ class AsyncSegmentationClient:
             call = next(steps)
             while True:
                 method = getattr(self._stubs[call.service], call.method)
+                metadata = await self._bearer.metadata_async()
                 remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
                 try:
-                    response = await method(call.request, timeout=remaining)
+                    response = await method(call.request, timeout=remaining, metadata=metadata)
                 except grpc.RpcError as error:
                     failure = error_from(error)
                     failure.__cause__ = error

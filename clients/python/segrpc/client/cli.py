@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 
 from segrpc.client.channel import DEFAULT_TARGET, DEFAULT_TIMEOUT
@@ -34,9 +33,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0 if all went well, 1 if the server refused or is not ready, 2 for wrong usage.
     """
     args = _parser().parse_args(argv)
-    credentials = grpc.ssl_channel_credentials() if args.tls else None
     try:
-        with SegmentationClient(args.server, credentials=credentials, timeout=args.timeout) as client:
+        with SegmentationClient(
+            args.server,
+            timeout=args.timeout,
+            token=args.token or os.environ.get("SEGRPC_TOKEN") or None,
+            tls=args.tls,
+            ca=args.ca,
+            client_certificate=args.cert,
+            client_key=args.key,
+        ) as client:
             return int(args.run(client, args))
     except SegmentationError as error:
         print(f"segrpc: {error}", file=sys.stderr)
@@ -54,7 +60,13 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     server = os.environ.get("SEGRPC_SERVER", DEFAULT_TARGET)
     common.add_argument("--server", default=server, metavar="HOST:PORT", help=f"default: SEGRPC_SERVER, or {server}")
-    common.add_argument("--tls", action="store_true", help="connect with TLS")
+    common.add_argument("--tls", action="store_true", help="connect with TLS; the next three imply it")
+    common.add_argument("--ca", type=Path, metavar="FILE", help="authorities to trust (PEM); default: the system's")
+    common.add_argument("--cert", type=Path, metavar="FILE", help="this client's certificate (PEM)")
+    common.add_argument("--key", type=Path, metavar="FILE", help="its private key (PEM)")
+    common.add_argument(
+        "--token", help="API key or JSON Web Token; default: SEGRPC_TOKEN, which other users do not see"
+    )
     common.add_argument("--timeout", type=float, default=DEFAULT_TIMEOUT, metavar="SECONDS")
     common.add_argument("--json", action="store_true", help="print JSON, for programs")
 

@@ -1,7 +1,7 @@
 """The blocking client."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -9,7 +9,14 @@ import grpc
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from segrpc.client import flow
-from segrpc.client.channel import DEFAULT_TARGET, DEFAULT_TIMEOUT, RECONNECT_SECONDS, channel_options
+from segrpc.client.channel import (
+    DEFAULT_TARGET,
+    DEFAULT_TIMEOUT,
+    RECONNECT_SECONDS,
+    Bearer,
+    ConnectionOptions,
+    open_channel,
+)
 from segrpc.client.codec import ImageLike, load_image
 from segrpc.client.errors import error_from
 from segrpc.client.flow import EncodeOptions, Flow, SegmentOptions, SentImages
@@ -20,6 +27,7 @@ from segrpc.client.sessions.sync import RefineSession
 from segrpc.client.sessions.types import RefineOptions
 from segrpc.client.types import EncodedImage, ImageInfo, ModelInfo, SegmentationResult
 from segrpc.v1.model_service_pb2_grpc import ModelServiceStub
+from segrpc.v1.refine_pb2 import RefineRequest
 from segrpc.v1.segmentation_service_pb2_grpc import SegmentationServiceStub
 
 R = TypeVar("R")
@@ -33,9 +41,12 @@ class SegmentationClient:
 
     Args:
         target: The server as ``HOST:PORT``.
-        credentials: For TLS; None connects without.
         timeout: Seconds that a method may take, uploads and retries included; None waits for ever.
-        options: Further gRPC channel options.
+        connection: TLS, and who calls: see `ConnectionOptions`.
+
+    Raises:
+        ValueError: If options do not go together, or a token would travel in the clear.
+        OSError: If a certificate cannot be read.
 
     Every method takes its own ``timeout`` as well, and raises `SegmentationError` of the kind that says what was wrong.
     """
@@ -44,15 +55,11 @@ class SegmentationClient:
         self,
         target: str = DEFAULT_TARGET,
         *,
-        credentials: grpc.ChannelCredentials | None = None,
         timeout: float | None = DEFAULT_TIMEOUT,
-        options: Sequence[tuple[str, Any]] = (),
+        **connection: Unpack[ConnectionOptions],
     ) -> None:
-        all_options = channel_options(options)
-        if credentials is None:
-            self._channel = grpc.insecure_channel(target, options=all_options)
-        else:
-            self._channel = grpc.secure_channel(target, credentials, options=all_options)
+        self._channel = open_channel(target, connection, grpc)
+        self._bearer = Bearer(connection.get("token"))
         self._stubs: dict[flow.Service, Any] = {
             "segmentation": SegmentationServiceStub(self._channel),
             "models": ModelServiceStub(self._channel),
@@ -165,7 +172,10 @@ class SegmentationClient:
         reconnect: float,
     ) -> RefineSession:
         seconds = self._timeout if timeout is None else timeout
-        return RefineSession(self._stubs["segmentation"].Refine, SessionState(source, options, reconnect), seconds)
+        return RefineSession(self._open_stream, SessionState(source, options, reconnect), seconds)
+
+    def _open_stream(self, requests: Iterator[RefineRequest]) -> Any:
+        return self._stubs["segmentation"].Refine(requests, metadata=self._bearer.metadata())
 
     def _run(self, steps: Flow[R], timeout: float | None) -> R:
         """Perform the calls of a flow; the timeout covers all of them."""
@@ -175,9 +185,10 @@ class SegmentationClient:
             call = next(steps)
             while True:
                 method = getattr(self._stubs[call.service], call.method)
+                metadata = self._bearer.metadata()
                 remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
                 try:
-                    response = method(call.request, timeout=remaining)
+                    response = method(call.request, timeout=remaining, metadata=metadata)
                 except grpc.RpcError as error:
                     failure = error_from(error)
                     failure.__cause__ = error

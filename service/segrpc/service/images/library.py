@@ -16,15 +16,24 @@ class KnownImage:
         digest: ``sha256:`` and 64 hexadecimal digits of ``data``.
         data: The encoded file.
         header: Its size and orientation.
+        owner: Whose image it is.
     """
 
     digest: str
     data: bytes = field(repr=False)
     header: ImageHeader
+    owner: str = ""
+
+    @property
+    def key(self) -> str:
+        """The name of the image in caches: owners share nothing there, or one could tell what another has sent."""
+        return f"{self.owner} {self.digest}" if self.owner else self.digest
 
 
 class ImageLibrary:
     """Finds images by bytes, URI or digest, and keeps them for a while. Its methods may block: call them in a thread.
+
+    Each image belongs to the owner that the methods are given, and nobody else finds it by its digest.
 
     Args:
         store: Where images are kept.
@@ -37,7 +46,7 @@ class ImageLibrary:
         self._policy = policy
         self._limits = limits
 
-    def from_data(self, data: bytes) -> KnownImage:
+    def from_data(self, owner: str, data: bytes) -> KnownImage:
         """Look at an encoded file and keep it.
 
         Raises:
@@ -48,23 +57,23 @@ class ImageLibrary:
         if not data:
             raise InvalidFieldError.of("data", "is empty; must be an encoded image")
         header = read_header(data, self._limits)
-        return KnownImage(self._store.put(data), data, header)
+        return KnownImage(self._store.put(owner, data), data, header, owner)
 
-    def from_uri(self, uri: str) -> KnownImage:
+    def from_uri(self, owner: str, uri: str) -> KnownImage:
         """Read a URI, as far as the policy allows, and keep the image.
 
         Raises:
             UriNotAllowedError: If the policy forbids it.
             ImageFetchError: If it does not give a file.
         """
-        return self.from_data(read_uri(uri, self._policy, self._limits))
+        return self.from_data(owner, read_uri(uri, self._policy, self._limits))
 
-    def from_digest(self, digest: str) -> KnownImage:
-        """Find an image that was seen before.
+    def from_digest(self, owner: str, digest: str) -> KnownImage:
+        """Find an image that the owner has sent before.
 
         Raises:
             InvalidFieldError: If the digest is malformed.
             ImageNotFoundError: If the image is not at hand.
         """
-        data = self._store.get(digest)
-        return KnownImage(digest, data, read_header(data, self._limits))
+        data = self._store.get(owner, digest)
+        return KnownImage(digest, data, read_header(data, self._limits), owner)

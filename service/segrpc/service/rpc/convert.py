@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from segrpc.service import rle
 from segrpc.service.engine.base import EncodeResult, SegmentResult, ServedModel, StageTimes
 from segrpc.service.errors import InvalidFieldError, ModelNotFoundError, SegrpcError, Violation
+from segrpc.service.identity.principal import Principal
 from segrpc.service.images.decode import ImageHeader
 from segrpc.service.rpc.serialise import DATA_TYPES, serialise
 from segrpc.service.schemas import (
@@ -48,17 +49,27 @@ def check_name(field: str, value: str) -> None:
         raise InvalidFieldError.of(field, f"has {len(value)} characters; at most {MAX_NAME} are allowed")
 
 
-def model_name(models: Sequence[ServedModel], name: str, field: str) -> str:
-    """Return a model's name, or the default model's for an empty one.
+def usable_models(models: Sequence[ServedModel], principal: Principal) -> list[ServedModel]:
+    """Return the models that a caller may use; the first is its default."""
+    return [model for model in models if principal.may_use(model.name)]
+
+
+def find_model(models: Sequence[ServedModel], principal: Principal, name: str, field: str) -> ServedModel:
+    """Return the model of a name, or for an empty one the caller's default.
 
     Raises:
         ModelNotFoundError: If it is not served.
+        ModelNotAllowedError: If the caller may not use it.
     """
-    names = [model.name for model in models]
-    if name and name not in names:
-        check_name(field, name)
-        raise ModelNotFoundError(f"{field}: no model {name!r} is served; served are: {', '.join(names)}")
-    return name or names[0]
+    usable = usable_models(models, principal)
+    found = next((model for model in usable if name in ("", model.name)), None)
+    if found is not None:
+        return found
+    check_name(field, name)
+    if not name or any(model.name == name for model in models):
+        principal.check_model(name or models[0].name)
+    names = ", ".join(model.name for model in usable)
+    raise ModelNotFoundError(f"{field}: no model {name!r} is served; served are: {names or 'none for this caller'}")
 
 
 def check_prompt_limits(request: segmentation_service_pb2.SegmentRequest, max_prompts: int, max_points: int) -> None:

@@ -1,4 +1,4 @@
-"""The boundary of every call: parsing, errors to statuses, request ids, one line of log, draining."""
+"""The boundary of every call: who calls, parsing, errors to statuses, request ids, one line of log, draining."""
 
 import asyncio
 import inspect
@@ -14,7 +14,10 @@ from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 
 from segrpc.service.errors import DrainingError, MalformedMessageError, SegrpcError
-from segrpc.service.rpc.status import DETAILS_KEY, internal_status, status_of
+from segrpc.service.identity.authenticator import Authenticator
+from segrpc.service.identity.principal import ANONYMOUS
+from segrpc.service.rpc.caller import CallContext, credentials_of
+from segrpc.service.rpc.status import CHALLENGE_KEY, DETAILS_KEY, challenge_of, internal_status, status_of
 
 log = logging.getLogger("segrpc.rpc")
 
@@ -26,19 +29,25 @@ OFFLOAD_BYTES = 256 * 1024  # larger messages are parsed and serialised in a thr
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _OWN_SERVICES = "/segrpc."
+_OPEN_SERVICES = "/grpc.health."  # load balancers have no credentials
 
 
 class Boundary(grpc.aio.ServerInterceptor):
     """Wraps every handler.
 
     Messages reach it as bytes, because grpc answers UNKNOWN to bytes that it cannot parse; what handlers raise leaves
-    it as a status of the table in `segrpc.service.rpc.status`.
+    it as a status of the table in `segrpc.service.rpc.status`. Who calls is found out once, before anything that the
+    caller sent is parsed; a stream that is open goes on when its credential is withdrawn.
+
+    Args:
+        authenticator: Finds out who calls.
 
     Attributes:
         draining: Set by `drain`; long calls look at it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, authenticator: Authenticator) -> None:
+        self._authenticator = authenticator
         self._active = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -90,64 +99,69 @@ class Boundary(grpc.aio.ServerInterceptor):
         return handler._replace(request_deserializer=None, stream_stream=wrapped)  # type: ignore[attr-defined,no-any-return]
 
     def _unary_unary(self, method: str, parse: Any, behaviour: Any, serialise: Any) -> Any:
-        async def call(raw: bytes, context: Any) -> bytes:
-            async with self._call(method, context) as ids:
+        async def answer(raw: bytes, context: Any) -> bytes:
+            async with self._call(method, context) as call:
                 request = await _sized(len(raw), _parser(method, parse), raw)
-                ids.adopt(request)
-                response = await behaviour(request, context)
+                call.adopt(request)
+                response = await behaviour(request, call.context)
                 if isinstance(response, bytes):
                     return response  # the handler serialised it, because it is large
                 data: bytes = await _sized(response.ByteSize(), serialise, response)
                 return data
 
-        return call
+        return answer
 
     def _stream_unary(self, method: str, parse: Any, behaviour: Any) -> Any:
-        async def call(raw: AsyncIterator[bytes], context: Any) -> Any:
-            async with self._call(method, context) as ids:
-                return await behaviour(_stream_parser(method, parse)(raw, ids), context)
+        async def answer(raw: AsyncIterator[bytes], context: Any) -> Any:
+            async with self._call(method, context) as call:
+                return await behaviour(_stream_parser(method, parse)(raw, call), call.context)
 
-        return call
+        return answer
 
-    def _to_stream(self, method: str, parse: Callable[[Any, "_Ids"], Any], behaviour: Any) -> Any:
+    def _to_stream(self, method: str, parse: Callable[[Any, "_Call"], Any], behaviour: Any) -> Any:
         """Wrap a handler that answers with a stream: an async generator, or a coroutine that writes."""
         if inspect.isasyncgenfunction(behaviour):
 
             async def generate(raw: Any, context: Any) -> AsyncIterator[Any]:
-                async with self._call(method, context) as ids:
-                    async for response in behaviour(parse(raw, ids), context):
+                async with self._call(method, context) as call:
+                    async for response in behaviour(parse(raw, call), call.context):
                         yield response
 
             return generate
 
-        async def call(raw: Any, context: Any) -> Any:
-            async with self._call(method, context) as ids:
-                return await behaviour(parse(raw, ids), context)
+        async def answer(raw: Any, context: Any) -> Any:
+            async with self._call(method, context) as call:
+                return await behaviour(parse(raw, call), call.context)
 
-        return call
+        return answer
 
     @asynccontextmanager
-    async def _call(self, method: str, context: Any) -> AsyncIterator["_Ids"]:
-        """Turn what is raised inside into a status, count the call and log it."""
-        ids, start, outcome = _Ids(), time.perf_counter(), "CANCELLED"
+    async def _call(self, method: str, context: Any) -> AsyncIterator["_Call"]:
+        """Find out who calls, turn what is raised inside into a status, count the call and log it."""
+        call, start, outcome = _Call(context), time.perf_counter(), "CANCELLED"
         own = method.startswith(_OWN_SERVICES)
         try:
             if own:
                 self._begin()
-            yield ids
+            if not method.startswith(_OPEN_SERVICES):
+                call.principal = await self._authenticator.authenticate(*credentials_of(context))
+            if own:
+                call.principal.check_method(method.rpartition("/")[2])
+                call.context = CallContext(context, call.principal)
+            yield call
             outcome = "OK"
         except grpc.aio.AbortError:
             outcome = "ABORTED BY HANDLER"
             raise
         except SegrpcError as error:
-            status = status_of(error, ids.request_id)
+            status = status_of(error, call.request_id)
             outcome = f"{_CODES[status.code].name} {error.reason} {error.message}"
-            await _abort(context, status)
+            await _abort(context, status, challenge_of(error))
         except grpc.aio.InternalError:
             # What grpc tells a writer whose client left. Nobody will see the status.
             await context.abort(grpc.StatusCode.CANCELLED, "the client left")
         except Exception:
-            error_id = ids.request_id or uuid.uuid4().hex
+            error_id = call.request_id or uuid.uuid4().hex
             outcome = "INTERNAL"
             log.exception("bug in %s, error id %s", method, error_id)
             await _abort(context, internal_status(error_id))
@@ -155,7 +169,8 @@ class Boundary(grpc.aio.ServerInterceptor):
             if own:
                 self._end()
                 milliseconds = (time.perf_counter() - start) * 1e3
-                log.info("%s request_id=%s %.1f ms %s", method, ids.request_id or "-", milliseconds, outcome)
+                who, what = call.principal.name or "-", call.request_id or "-"
+                log.info("%s principal=%r request_id=%s %.1f ms %s", method, who, what, milliseconds, outcome)
 
     def _begin(self) -> None:
         self._active += 1
@@ -169,10 +184,18 @@ class Boundary(grpc.aio.ServerInterceptor):
             self._idle.set()
 
 
-class _Ids:
-    """The request id of a call, once its message is known."""
+class _Call:
+    """What the boundary learns of a call.
 
-    def __init__(self) -> None:
+    Attributes:
+        context: What the handler gets as its context.
+        principal: Who calls, once that is known.
+        request_id: The request's id, once its message is known.
+    """
+
+    def __init__(self, context: Any) -> None:
+        self.context = context
+        self.principal = ANONYMOUS
         self.request_id = ""
 
     def adopt(self, request: Any) -> None:
@@ -194,14 +217,14 @@ def _parser(method: str, parse: Any) -> Callable[[bytes], Any]:
     return parsed
 
 
-def _stream_parser(method: str, parse: Any) -> Callable[[AsyncIterator[bytes], _Ids], AsyncIterator[Any]]:
+def _stream_parser(method: str, parse: Any) -> Callable[[AsyncIterator[bytes], _Call], AsyncIterator[Any]]:
     parse_one = _parser(method, parse)
 
-    async def parsed(raw: AsyncIterator[bytes], ids: _Ids) -> AsyncIterator[Any]:
+    async def parsed(raw: AsyncIterator[bytes], call: _Call) -> AsyncIterator[Any]:
         async for message in raw:
             request = parse_one(message)
-            if not ids.request_id:
-                ids.adopt(request)
+            if not call.request_id:
+                call.adopt(request)
             yield request
 
     return parsed
@@ -212,6 +235,8 @@ async def _sized(nbytes: int, work: Callable[..., T], *args: Any) -> T:
     return await asyncio.to_thread(work, *args) if nbytes > OFFLOAD_BYTES else work(*args)
 
 
-async def _abort(context: Any, status: status_pb2.Status) -> None:
-    details = ((DETAILS_KEY, status.SerializeToString()),)
-    await context.abort(_CODES[status.code], status.message, details)
+async def _abort(context: Any, status: status_pb2.Status, challenge: str = "") -> None:
+    trailers: tuple[tuple[str, str | bytes], ...] = ((DETAILS_KEY, status.SerializeToString()),)
+    if challenge:
+        trailers += ((CHALLENGE_KEY, challenge),)
+    await context.abort(_CODES[status.code], status.message, trailers)

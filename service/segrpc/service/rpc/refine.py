@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Coroutine
 from functools import partial
 from typing import Any, TypeVar
 
-from segrpc.service.engine.base import CancelToken, EncodeJob, SegmentJob, SegmentResult, ServedModel
+from segrpc.service.engine.base import CancelToken, EncodeJob, SegmentJob, SegmentResult
 from segrpc.service.errors import (
     ChunkOffsetError,
     ConfigNotFirstError,
@@ -49,7 +49,7 @@ class RefineStream:
     Args:
         services: What it needs of the server.
         requests: The client's messages.
-        context: gRPC's context of the call.
+        context: The context of the call, a `CallContext`.
     """
 
     def __init__(self, services: Services, requests: AsyncIterator[refine_pb2.RefineRequest], context: Any) -> None:
@@ -109,11 +109,11 @@ class RefineStream:
         source = config.WhichOneof("source")
         if source == "resume":
             return self._resume(config)
-        model = self._model(config.model)
+        model = convert.find_model(self._services.engine.models, self._context.principal, config.model, "config.model")
         options = refine_convert.refine_options(config, model.name, model.metadata)
         convert.tensor_dtype(config.output.tensor_dtype, "config.output.tensor_dtype")
         if source == "image":
-            image = await find_image(self._services.images, config.image, "config.image")
+            image = await find_image(self._services.images, self._owner, config.image, "config.image")
         elif source == "upload":
             image = await self._receive_image(config.upload)
         else:
@@ -125,20 +125,21 @@ class RefineStream:
     def _max_points(self) -> int:
         return self._services.limits.max_points
 
-    def _model(self, name: str) -> ServedModel:
-        models = self._services.engine.models
-        wanted = convert.model_name(models, name, "config.model")
-        return next(model for model in models if model.name == wanted)
+    @property
+    def _owner(self) -> str:
+        owner: str = self._context.principal.name
+        return owner
 
     def _resume(self, config: refine_pb2.RefineConfig) -> Attachment:
         resume, sessions = config.resume, self._services.sessions
         # Whoever asks wrongly takes nothing away from the stream that has the session.
-        session = sessions.find(resume.session_id, resume.resume_token)
+        session = sessions.find(self._owner, resume.session_id, resume.resume_token)
         model = session.scene.model
+        self._context.principal.check_model(model)  # which may have changed since it was opened
         if config.model not in ("", model):
             raise InvalidFieldError.of("config.model", f"is {config.model!r}; the session works with {model!r}")
         session.check_revision(resume.last_revision)
-        return sessions.resume(resume.session_id, resume.resume_token, self._end)
+        return sessions.resume(self._owner, resume.session_id, resume.resume_token, self._end)
 
     def _end(self, reason: SegrpcError) -> None:
         """Note that the session was taken away: from now on this stream must neither look at it nor change it."""
@@ -163,7 +164,7 @@ class RefineStream:
                     raise ChunkOffsetError(f"the image is not complete: {upload.received} of {header.size} bytes")
                 upload.add(request.image.offset, request.image.data)
                 await self._context.write(refine_convert.upload_progress(upload.received))
-            return await asyncio.to_thread(lambda: self._services.images.from_data(upload.finish()))
+            return await asyncio.to_thread(lambda: self._services.images.from_data(self._owner, upload.finish()))
         except InvalidFieldError as error:
             raise refine_convert.upload_terms(error) from None
 
@@ -276,7 +277,7 @@ class RefineStream:
     async def _round(self, session: Session, plan: Plan) -> SegmentResult | None:
         """Ask the engine; ask again while the worker or the queue is not available."""
         assert plan.input is not None  # the caller looked
-        job = SegmentJob(session.scene.model, session.image.digest, plan.input, header=session.image.header)
+        job = SegmentJob(session.scene.model, session.image.key, plan.input, header=session.image.header)
         tries = 0
         while not plan.cancelled:
             self._token, tries = CancelToken(), tries + 1
@@ -313,7 +314,7 @@ class RefineStream:
 
     async def _warm(self, session: Session) -> None:
         """Encode the image ahead of the first edit. If that fails, the first edit tells."""
-        job = EncodeJob(session.scene.model, session.image.digest, session.image.data)
+        job = EncodeJob(session.scene.model, session.image.key, session.image.data)
         with contextlib.suppress(SegrpcError):
             await self._services.engine.encode(job, CancelToken())
 

@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -11,6 +13,12 @@ from grpc_reflection.v1alpha import reflection
 from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest, ServerReflectionResponse
 
 from segrpc.service.engine.base import Engine
+from segrpc.service.errors import ConfigurationError
+from segrpc.service.identity.authenticator import Authenticator
+from segrpc.service.identity.jwks import JwksFile, JwksUrl, KeySource
+from segrpc.service.identity.jwt import JwtVerifier
+from segrpc.service.identity.keys import read_keys
+from segrpc.service.identity.watched import Watched
 from segrpc.service.images.decode import ImageLimits
 from segrpc.service.images.library import ImageLibrary
 from segrpc.service.images.sources import SourcePolicy
@@ -18,6 +26,7 @@ from segrpc.service.images.store import ImageStore
 from segrpc.service.rpc.interceptors import Boundary
 from segrpc.service.rpc.servicer import ModelServicer, SegmentationServicer
 from segrpc.service.rpc.services import Services
+from segrpc.service.rpc.tls import tls_credentials
 from segrpc.service.sessions.current_images import CurrentImages
 from segrpc.service.sessions.store import SessionLimits, SessionStore
 from segrpc.service.settings import Settings
@@ -27,9 +36,17 @@ from segrpc.v1.segmentation_service_pb2_grpc import add_SegmentationServiceServi
 
 log = logging.getLogger("segrpc.server")
 
+T = TypeVar("T")
+
 SERVICES = (
     segmentation_service_pb2.DESCRIPTOR.services_by_name["SegmentationService"].full_name,
     model_service_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+)
+METHODS = tuple(
+    method.name
+    for file in (segmentation_service_pb2, model_service_pb2)
+    for service in file.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
 )
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
@@ -42,18 +59,51 @@ def image_limits(settings: Settings) -> ImageLimits:
     return ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
 
 
+def authenticator(settings: Settings) -> Authenticator:
+    """Make what finds out who calls.
+
+    Raises:
+        ConfigurationError: If a file cannot be read, or is not what it should be.
+    """
+    keys = tokens = None
+    if settings.keys_file is not None:
+        file = settings.keys_file
+        keys = _usable(f"keys_file {file}", lambda: Watched([file], lambda: read_keys(file, METHODS)))
+    if settings.jwt_issuer:
+        source = _usable(f"jwt_jwks {settings.jwt_jwks}", lambda: _key_source(settings))
+        tokens = JwtVerifier(settings.jwt_issuer, settings.jwt_audience, source)
+    return Authenticator(keys, tokens, certificates=settings.tls_client_ca is not None)
+
+
+def _key_source(settings: Settings) -> KeySource:
+    if "://" in settings.jwt_jwks:
+        return JwksUrl(settings.jwt_jwks, settings.jwt_refresh_seconds)
+    return JwksFile(Path(settings.jwt_jwks))
+
+
+def _usable(what: str, read: Callable[[], T]) -> T:
+    try:
+        return read()
+    except (ValueError, OSError) as error:
+        raise ConfigurationError(f"{what} cannot be used: {error}") from error
+
+
 class Server:
     """A gRPC server for an engine. Made on the event loop that it will run on.
 
     Args:
         settings: The operator's settings.
         engine: Runs the models; started and stopped by the server.
+
+    Raises:
+        ConfigurationError: If the settings of transport and identity do not go together, or would let strangers in.
     """
 
     def __init__(self, settings: Settings, engine: Engine) -> None:
+        settings.check_security()
         self._settings = settings
         self._engine = engine
-        self._boundary = Boundary()
+        self._boundary = Boundary(authenticator(settings))
         self._sessions = SessionStore(
             SessionLimits(
                 max_sessions=settings.max_open_sessions,
@@ -83,10 +133,11 @@ class Server:
 
         Raises:
             OSError: If the address cannot be listened on.
+            ConfigurationError: If the files for TLS cannot be used.
             ModelLoadError: If a model cannot be loaded.
         """
         try:
-            port = self._server.add_insecure_port(self._settings.listen)
+            port = self._open_port()
         except RuntimeError as error:
             raise OSError(f"cannot listen on {self._settings.listen}: is the address right, and free?") from error
         self._add_services()
@@ -98,6 +149,16 @@ class Server:
         for service in ("", *SERVICES, HEALTH):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         return f"{self._settings.listen.rpartition(':')[0]}:{port}"
+
+    def _open_port(self) -> int:
+        settings = self._settings
+        certificate, key = settings.tls_certificate, settings.tls_key
+        if certificate is None or key is None:
+            return int(self._server.add_insecure_port(settings.listen))
+        credentials = _usable(
+            f"tls_certificate {certificate}", lambda: tls_credentials(certificate, key, settings.tls_client_ca)
+        )
+        return int(self._server.add_secure_port(settings.listen, credentials))
 
     def _add_services(self) -> None:
         settings = self._settings

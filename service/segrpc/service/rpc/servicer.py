@@ -24,7 +24,7 @@ from segrpc.v1 import model_service_pb2, refine_pb2, segmentation_service_pb2
 from segrpc.v1.model_service_pb2_grpc import ModelServiceServicer
 from segrpc.v1.segmentation_service_pb2_grpc import SegmentationServiceServicer
 
-Context = Any  # grpc.aio's context is generic in types that nobody has
+Context = Any  # a `CallContext`, for the stubs grpc.aio's context, which is generic in types that nobody has
 
 
 class SegmentationServicer(SegmentationServiceServicer):
@@ -45,7 +45,7 @@ class SegmentationServicer(SegmentationServiceServicer):
     ) -> bytes:
         """Segment objects in one image."""
         start, token = time.perf_counter(), CancelToken(context.time_remaining())
-        model = convert.model_name(self._engine.models, request.model, "model")
+        model = convert.find_model(self._engine.models, context.principal, request.model, "model")
         for field in ("request_id", "session_id"):
             convert.check_name(field, getattr(request, field))
         convert.check_prompt_limits(request, self._limits.max_prompts, self._limits.max_points)
@@ -53,13 +53,13 @@ class SegmentationServicer(SegmentationServiceServicer):
         image = await self._session_image(request, context)
         try:
             given = await asyncio.to_thread(convert.segmentation_input, request, image.data)
-            result = await self._engine.segment(SegmentJob(model, image.digest, given, dtype, image.header), token)
+            result = await self._engine.segment(SegmentJob(model.name, image.key, given, dtype, image.header), token)
         except SegrpcError as error:
             raise convert.in_request_terms(error) from error.__cause__
         return await asyncio.to_thread(
             convert.segment_response,
             request.request_id,
-            model,
+            model.name,
             image.digest,
             result,
             request.output.mask_encoding,
@@ -71,18 +71,18 @@ class SegmentationServicer(SegmentationServiceServicer):
     ) -> bytes:
         """Compute the embedding of an image ahead of the first click."""
         start, token = time.perf_counter(), CancelToken(context.time_remaining())
-        model = convert.model_name(self._engine.models, request.model, "model")
+        model = convert.find_model(self._engine.models, context.principal, request.model, "model")
         convert.check_name("request_id", request.request_id)
         dtype = convert.tensor_dtype(request.tensor_dtype, "tensor_dtype")
-        image = await find_image(self._images, request.image, "image")
-        if not next(served for served in self._engine.models if served.name == model).metadata.embeddings:
-            raise CapabilityMissingError(f"model {model!r} has no embeddings")
-        job = EncodeJob(model, image.digest, image.data, request.return_image_embedding, dtype)
+        image = await find_image(self._images, context.principal.name, request.image, "image")
+        if not model.metadata.embeddings:
+            raise CapabilityMissingError(f"model {model.name!r} has no embeddings")
+        job = EncodeJob(model.name, image.key, image.data, request.return_image_embedding, dtype)
         result = await self._engine.encode(job, token)
         return await asyncio.to_thread(
             convert.encode_image_response,
             request.request_id,
-            model,
+            model.name,
             image.digest,
             result,
             time.perf_counter() - start,
@@ -103,7 +103,7 @@ class SegmentationServicer(SegmentationServiceServicer):
                 upload.add(request.chunk.offset, request.chunk.data)
         if upload is None:
             raise ConfigNotFirstError("the stream ended before its header")
-        image = await asyncio.to_thread(self._keep, upload)
+        image = await asyncio.to_thread(self._keep, context.principal.name, upload)
         return segmentation_service_pb2.UploadImageResponse(image=convert.image_info(image.digest, image.header))
 
     async def Refine(  # type: ignore[override]  # noqa: N802 - it writes to the context instead of yielding
@@ -112,16 +112,15 @@ class SegmentationServicer(SegmentationServiceServicer):
         """Serve an interactive session."""
         await RefineStream(self._services, requests, context).run()
 
-    def _keep(self, upload: Upload) -> KnownImage:
-        return self._images.from_data(upload.finish())
+    def _keep(self, owner: str, upload: Upload) -> KnownImage:
+        return self._images.from_data(owner, upload.finish())
 
     async def _session_image(self, request: segmentation_service_pb2.SegmentRequest, context: Context) -> KnownImage:
         """Find the image of a request, which may be the current one of its session."""
-        # Without credentials a caller is its connection: names that clients choose may collide, connections never do.
-        caller, session_id = str(context.peer()), request.session_id
+        owner, caller, session_id = context.principal.name, context.caller, request.session_id
         keep = request.HasField("reset_predictor") and not request.reset_predictor
         if not keep:
-            image = await find_image(self._images, request.image, "image")
+            image = await find_image(self._images, owner, request.image, "image")
             if session_id:
                 self._services.current_images.set(caller, session_id, image.digest)
             return image
@@ -131,7 +130,7 @@ class SegmentationServicer(SegmentationServiceServicer):
             raise NoPredictorStateError("reset_predictor is false, but no session_id says whose image to keep")
         digest = self._services.current_images.get(caller, session_id)
         try:
-            return await asyncio.to_thread(self._images.from_digest, digest)
+            return await asyncio.to_thread(self._images.from_digest, owner, digest)
         except ImageNotFoundError:
             raise NoPredictorStateError(
                 f"the image of session {session_id!r} had to make room: send it again, with reset_predictor true"
@@ -153,14 +152,15 @@ class ModelServicer(ModelServiceServicer):
         self, request: model_service_pb2.ListModelsRequest, context: Context
     ) -> model_service_pb2.ListModelsResponse:
         """List the models that are served."""
-        return model_service_pb2.ListModelsResponse(models=self._models())
+        return model_service_pb2.ListModelsResponse(models=self._models(context))
 
     async def GetModel(  # noqa: N802
         self, request: model_service_pb2.GetModelRequest, context: Context
     ) -> model_service_pb2.GetModelResponse:
         """Describe one model."""
-        name = convert.model_name(self._engine.models, request.name, "name")
-        return model_service_pb2.GetModelResponse(model=next(m for m in self._models() if m.name == name))
+        name = convert.find_model(self._engine.models, context.principal, request.name, "name").name
+        return model_service_pb2.GetModelResponse(model=next(m for m in self._models(context) if m.name == name))
 
-    def _models(self) -> list[model_service_pb2.Model]:
-        return [convert.model_message(m, i == 0, self._limits) for i, m in enumerate(self._engine.models)]
+    def _models(self, context: Context) -> list[model_service_pb2.Model]:
+        usable = convert.usable_models(self._engine.models, context.principal)
+        return [convert.model_message(model, i == 0, self._limits) for i, model in enumerate(usable)]

@@ -9,11 +9,12 @@ from segrpc.service.images.library import ImageLibrary, KnownImage
 from segrpc.v1 import types_pb2
 
 
-async def find_image(images: ImageLibrary, message: types_pb2.Image, field: str) -> KnownImage:
+async def find_image(images: ImageLibrary, owner: str, message: types_pb2.Image, field: str) -> KnownImage:
     """Find an image by bytes, URI or digest, and keep it.
 
     Args:
         images: Finds images.
+        owner: Whose images they are.
         message: What names it.
         field: The path of the message in the request.
 
@@ -23,13 +24,13 @@ async def find_image(images: ImageLibrary, message: types_pb2.Image, field: str)
     source = message.WhichOneof("source")
     if source is None:
         raise InvalidFieldError.of(field, "is required: give data, uri or digest")
-    finders: dict[str, Callable[[Any], KnownImage]] = {
+    finders: dict[str, Callable[[str, Any], KnownImage]] = {
         "data": images.from_data,
         "uri": images.from_uri,
         "digest": images.from_digest,
     }
     try:
-        return await asyncio.to_thread(finders[source], getattr(message, source))
+        return await asyncio.to_thread(finders[source], owner, getattr(message, source))
     except InvalidFieldError as error:
         raise InvalidFieldError.of(f"{field}.{source}", error.violations[0].description) from None
     except InvalidInputError as error:

@@ -6,6 +6,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from segrpc.service.errors import (
     ConflictError,
+    CredentialMissingError,
     DeadlineError,
     ExhaustedError,
     InvalidInputError,
@@ -13,14 +14,17 @@ from segrpc.service.errors import (
     NotFoundError,
     PreconditionError,
     SegrpcError,
+    UnauthenticatedError,
     UnavailableError,
 )
 
 ERROR_DOMAIN = "segrpc.v1"
 DETAILS_KEY = "grpc-status-details-bin"
+CHALLENGE_KEY = "www-authenticate"
 
 CODES: dict[type[SegrpcError], grpc.StatusCode] = {
     InvalidInputError: grpc.StatusCode.INVALID_ARGUMENT,
+    UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
     NotAllowedError: grpc.StatusCode.PERMISSION_DENIED,
     PreconditionError: grpc.StatusCode.FAILED_PRECONDITION,
     NotFoundError: grpc.StatusCode.NOT_FOUND,
@@ -65,6 +69,13 @@ def status_of(error: SegrpcError, request_id: str) -> status_pb2.Status:
     if request_id:
         details.append(error_details_pb2.RequestInfo(request_id=request_id))
     return _status(code_of(error), error.message, details)
+
+
+def challenge_of(error: SegrpcError) -> str:
+    """Return what RFC 6750 says to a caller who is not known, for programs that act upon it; empty for other errors."""
+    if not isinstance(error, UnauthenticatedError):
+        return ""
+    return 'Bearer realm="segrpc"' + ("" if isinstance(error, CredentialMissingError) else ', error="invalid_token"')
 
 
 def internal_status(error_id: str) -> status_pb2.Status:

@@ -91,7 +91,7 @@ class SessionStore:
     def open(
         self, image: KnownImage, scene: Scene, options: RefineOptions, end: Callable[[SegrpcError], None]
     ) -> Attachment:
-        """Make a session and attach a stream to it.
+        """Make a session and attach a stream to it. It belongs to the owner of its image.
 
         Raises:
             OverloadedError: If there is no room for another one.
@@ -106,31 +106,32 @@ class SessionStore:
         self._held[session.id] = _Held(session, attachment.token, attachment, self._clock() + self._limits.idle_seconds)
         return attachment
 
-    def find(self, session_id: str, token: str) -> Session:
-        """Find a session, and leave it to the stream that may have it.
+    def find(self, owner: str, session_id: str, token: str) -> Session:
+        """Find an owner's session, and leave it to the stream that may have it.
 
         Raises:
-            SessionNotFoundError: If there is no such session (any more), or the token is not its.
+            SessionNotFoundError: If the owner has no such session (any more), or the token is not its.
         """
-        return self._find(session_id, token).session
+        return self._find(owner, session_id, token).session
 
-    def _find(self, session_id: str, token: str) -> _Held:
+    def _find(self, owner: str, session_id: str, token: str) -> _Held:
         self.expire()
         held = self._held.get(session_id)
-        # A wrong token is answered like an unknown session: it tells nothing.
-        if held is None or not hmac.compare_digest(held.token.encode(), token.encode()):
+        is_own = held is not None and held.session.image.owner == owner
+        # Another's session and a wrong token are answered like an unknown session: it tells nothing.
+        if held is None or not (hmac.compare_digest(held.token.encode(), token.encode()) and is_own):
             raise SessionNotFoundError(
                 f"there is no session {session_id[:64]!r} that this token opens; it may have expired"
             )
         return held
 
-    def resume(self, session_id: str, token: str, end: Callable[[SegrpcError], None]) -> Attachment:
+    def resume(self, owner: str, session_id: str, token: str, end: Callable[[SegrpcError], None]) -> Attachment:
         """Attach a stream to a session, and take it away from the stream that may still have it.
 
         Raises:
-            SessionNotFoundError: If there is no such session (any more), or the token is not its.
+            SessionNotFoundError: If the owner has no such session (any more), or the token is not its.
         """
-        held = self._find(session_id, token)
+        held = self._find(owner, session_id, token)
         if held.attachment is not None:
             held.attachment.end(SessionTakenError(f"session {session_id} was resumed on another stream"))
         held.attachment = Attachment(held.session, held.token, True, end)

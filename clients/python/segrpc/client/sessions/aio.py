@@ -140,7 +140,7 @@ class AsyncRefineSession(BaseSession[Coroutine[Any, Any, RefineResult]]):
         self._requests = requests
         failure: SegmentationError | None = None
         try:
-            self._call = self._method(_requests(self._state.opening(time.monotonic()), requests))
+            self._call = await self._method(_requests(self._state.opening(time.monotonic()), requests))
             async for response in self._call:
                 self._state.received(response)
                 self._flush()
@@ -148,6 +148,8 @@ class AsyncRefineSession(BaseSession[Coroutine[Any, Any, RefineResult]]):
         except grpc.RpcError as error:
             failure = error_from(error)
             failure.__cause__ = error
+        except SegmentationError as error:  # no token
+            failure = error
         except grpc.aio.UsageError as error:  # the client was closed
             failure = SessionClosedError(str(error))
         except asyncio.CancelledError:

@@ -28,7 +28,7 @@ class RefineSession(BaseSession[RefineResult]):
     newest of each object, under ``every_edit`` each one (of those that nobody takes, the last 1000 are kept).
 
     Args:
-        method: The stub's method.
+        method: Opens a stream, given the requests.
         state: The session.
         timeout: Seconds to wait for an answer; None waits for ever.
     """
@@ -145,14 +145,19 @@ class RefineSession(BaseSession[RefineResult]):
     def _stream(self) -> float | None:
         """Run one stream to its end; return the seconds to wait before the next, or None for the end."""
         requests: SimpleQueue[RefineRequest | None] = SimpleQueue()
-        failure = None
+        failure: SegmentationError | None = None
         try:
             with self._changed:
                 if self._state.ended:
                     return None
                 self._requests = requests
                 opening = self._state.opening(time.monotonic())
-                self._call = self._method(chain(opening, iter(requests.get, None)))
+            # Without the lock: it may have to get a token first.
+            call = self._method(chain(opening, iter(requests.get, None)))
+            with self._changed:
+                self._call = call
+                if self._state.ended:
+                    call.cancel()
             for response in self._call:
                 with self._changed:
                     self._state.received(response)
@@ -161,6 +166,8 @@ class RefineSession(BaseSession[RefineResult]):
         except grpc.RpcError as error:
             failure = error_from(error)
             failure.__cause__ = error
+        except SegmentationError as error:  # no token
+            failure = error
         except ValueError as error:  # what grpc raises when the client was closed
             failure = SessionClosedError(str(error))
         finally:

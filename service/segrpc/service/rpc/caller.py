@@ -1,0 +1,46 @@
+"""Who makes a call: what gRPC's context tells of it, and what handlers are told."""
+
+from typing import Any
+
+from segrpc.service.identity.principal import Principal
+
+AUTHORIZATION = "authorization"
+COMMON_NAME = "x509_common_name"
+ALTERNATIVE_NAME = "x509_subject_alternative_name"
+
+
+class CallContext:
+    """gRPC's context of a call, and its principal.
+
+    Args:
+        context: gRPC's context.
+        principal: Who calls.
+    """
+
+    def __init__(self, context: Any, principal: Principal) -> None:
+        self._context = context
+        self.principal = principal
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    @property
+    def caller(self) -> str:
+        """Whose names for series of calls these are: the principal's, or without one the connection's.
+
+        Names that strangers choose may collide, connections never do.
+        """
+        return self.principal.name or str(self._context.peer())
+
+
+def credentials_of(context: Any) -> tuple[list[str], str | None]:
+    """Return the values of a call's ``authorization``, and the name in the client's certificate.
+
+    gRPC tells the name only of certificates that it has verified: the subject's common name, or without one the first
+    alternative name.
+    """
+    authorization = [value for key, value in context.invocation_metadata() or () if key == AUTHORIZATION]
+    told = context.auth_context()
+    # A certificate without a common name has an empty one.
+    names = [name for kind in (COMMON_NAME, ALTERNATIVE_NAME) for name in told.get(kind, ()) if name]
+    return authorization, names[0].decode("utf-8", "replace") if names else None
