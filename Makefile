@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 INSTALLED := $(VENV)/.installed
+DEPLOY_TOOLS := $(VENV)/.deploy-tools
 PROTOS := $(sort $(wildcard protos/segrpc/v1/*.proto))
 STUBS := generated/python
 # The reference in the tests' own process and the servers beside it must not spin for each other's cores.
@@ -15,8 +16,15 @@ TOGETHER := -n 2 --dist loadfile
 # What the contract must stay compatible with: the last release.
 BASE ?= $(shell git describe --tags --abbrev=0 2>/dev/null || echo main)
 
+DEPLOY := service/deploy
+MANIFESTS := $(filter-out %/kustomization.yaml,$(wildcard $(DEPLOY)/kustomize/base/*.yaml))
+# The oldest Kubernetes that the manifests are for. kubectl is used if it is there: it is in no registry of packages.
+KUBERNETES := 1.30
+KUSTOMIZE ?= $(if $(shell command -v kubectl),kubectl kustomize,$(if $(shell command -v kustomize),kustomize build))
+VALIDATE := $(BIN)/kubernetes-validate --kubernetes-version $(KUBERNETES) --strict --quiet
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-large lint fix protos check-protos bench serve clean
+.PHONY: help setup demo test test-large lint lint-deploy audit fix protos check-protos bench serve clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +54,34 @@ lint: $(INSTALLED) ## check format, lint, types and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/buf lint
+
+# The project again, with an extra; all else is there.
+$(DEPLOY_TOOLS): $(INSTALLED)
+	$(PIP) --no-build-isolation --editable '.[deploy]'
+	@touch $@
+
+lint-deploy: $(DEPLOY_TOOLS) ## check the Dockerfile, the manifests and, where systemd is, the unit
+	$(BIN)/hadolint $(DEPLOY)/Dockerfile
+	$(BIN)/yamllint --strict --config-file $(DEPLOY)/.yamllint.yaml $(DEPLOY)/kustomize
+	$(VALIDATE) $(MANIFESTS)
+	@mkdir -p $(VENV)/rendered && rm -rf $(VENV)/rendered/*
+ifneq ($(KUSTOMIZE),)
+	$(KUSTOMIZE) $(DEPLOY)/kustomize/base > $(VENV)/rendered/base.yaml
+	$(KUSTOMIZE) $(DEPLOY)/kustomize/gpu > $(VENV)/rendered/gpu.yaml
+	$(VALIDATE) $(VENV)/rendered/base.yaml $(VENV)/rendered/gpu.yaml
+else
+	@echo "neither kubectl nor kustomize is there: the overlay was not rendered"
+endif
+	@if command -v systemd-analyze > /dev/null; then \
+	  sed 's|^ExecStart=[^ ]*|ExecStart=/bin/true|' $(DEPLOY)/segrpc-server.service > $(VENV)/rendered/segrpc-server.service && \
+	  systemd-analyze verify $(VENV)/rendered/segrpc-server.service && echo "the unit is right"; \
+	  else echo "systemd-analyze is not there: the unit was not checked"; fi
+
+# --strict: what could not be looked up is an error, not something safe.
+audit: $(DEPLOY_TOOLS) ## write dist/sbom.cdx.json (CycloneDX) and look the pinned versions up among known vulnerabilities
+	@mkdir -p dist
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file dist/sbom.cdx.json $(BIN)/python
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 
 fix: $(INSTALLED) ## repair format and lint where that can be done by machine
 	$(BIN)/ruff check --fix .
@@ -79,4 +115,4 @@ serve: $(INSTALLED) ## serve the GrabCut model on 127.0.0.1:50051 (ARGS=... adds
 	$(BIN)/segrpc-server serve $(ARGS)
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) demo-output bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist demo-output bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis
