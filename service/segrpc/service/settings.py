@@ -62,8 +62,10 @@ class Settings(BaseSettings):
     decoder: Literal["fast", "reference"] = Field(
         "fast", description="fast: equal to the reference up to rounding; reference: its own, bit for bit, and slower"
     )
-    encoder: Literal["fast", "reference"] | None = Field(
-        None, description="the same for encoding images, where fast is in float32 on a CPU; default: as decoder"
+    encoder: Literal["fast", "reference", "int8"] | None = Field(
+        None,
+        description="the same for encoding images, where fast is in float32 on a CPU; int8: faster there, on CPUs with "
+        "VNNI, but masks change a little; default: as decoder",
     )
     devices: str = Field("", description="several devices, such as cuda:0,cuda:1: a worker process for each")
     engine: EngineKind = Field(

@@ -66,7 +66,7 @@ def message_of(work: Callable[[], object]) -> str:
         ({"dtype": "float64"}, "dtype 'float64' is unknown; give float32, bfloat16 or float16"),
         ({"dtype": ["float16"]}, "dtype ['float16'] of model 'mine' is no str"),
         ({"decoder": "slow"}, "decoder 'slow' is unknown; give fast or reference"),
-        ({"encoder": "slow"}, "encoder 'slow' is unknown; give fast or reference"),
+        ({"encoder": "slow"}, "encoder 'slow' is unknown; give fast, reference or int8"),
         ({"device": "gpu"}, "device 'gpu' is unknown; give auto, cpu, cuda or cuda:N"),
         ({"device": "meta"}, "device 'meta' is not supported; give auto, cpu, cuda or cuda:N"),
         ({"device": "cuda:99"}, "device 'cuda:99' is not there: torch sees"),

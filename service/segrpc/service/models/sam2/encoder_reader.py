@@ -8,8 +8,9 @@ from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
 from sam2.modeling.sam2_base import SAM2Base
 from torch import Tensor, nn
 
+from segrpc.service.models.sam2.encoder_int8 import Int8Linear
 from segrpc.service.models.sam2.encoder_order import Windows, expanded, token_order, windows
-from segrpc.service.models.sam2.encoder_weights import Block, EncoderWeights, Norm, PackedLinear, Run
+from segrpc.service.models.sam2.encoder_weights import Block, EncoderWeights, Linear, Norm, PackedLinear, Run
 
 # Of the tokens that see no others so many go through their blocks at a time: what is computed of them stays in the
 # caches. From 2,048 to 8,192 there is little difference.
@@ -20,16 +21,22 @@ class UnsupportedEncoderError(Exception):
     """The model's image encoder is not built as the fast one expects, or cannot be computed so."""
 
 
-def read_weights(model: SAM2Base) -> EncoderWeights:
+def read_weights(model: SAM2Base, *, int8: bool = False) -> EncoderWeights:
     """Read the weights of a model.
+
+    Args:
+        model: The model.
+        int8: Whether the products of the blocks are `Int8Linear`; those of the neck are few, and stay in float32.
 
     Raises:
         UnsupportedEncoderError: If it is not built as all published ones are, or not in float32 on a CPU with oneDNN.
     """
     encoder: Any = model.image_encoder
     _check(model, encoder)
+    if int8 and not Int8Linear.works():
+        raise UnsupportedEncoderError("this build of torch or this CPU lacks products of 8 bits (VNNI)")
     with torch.no_grad():
-        return _Reader(model, encoder).read()
+        return _Reader(model, encoder, Int8Linear if int8 else PackedLinear).read()
 
 
 def _check(model: Any, encoder: Any) -> None:
@@ -66,7 +73,8 @@ def _check(model: Any, encoder: Any) -> None:
 class _Reader:
     """Arranges weights and orders of one model."""
 
-    def __init__(self, model: Any, encoder: Any) -> None:
+    def __init__(self, model: Any, encoder: Any, linear: type[PackedLinear] | type[Int8Linear]) -> None:
+        self._linear = linear
         self._model = model
         self._trunk = encoder.trunk
         self._convs = [one.conv for one in encoder.neck.convs][::-1]  # the finest first
@@ -113,13 +121,16 @@ class _Reader:
             windows=tuple(seen),
             heads=attention.num_heads,
             norm1=_norm(block.norm1),
-            qkv=_linear(attention.qkv),
-            out=_linear(attention.proj),
+            qkv=self._layer(attention.qkv),
+            out=self._layer(attention.proj),
             norm2=_norm(block.norm2),
-            mlp_in=_linear(block.mlp.layers[0]),
-            mlp_out=_linear(block.mlp.layers[1]),
-            shortcut=_linear(block.proj) if block.q_stride else None,
+            mlp_in=self._layer(block.mlp.layers[0]),
+            mlp_out=self._layer(block.mlp.layers[1]),
+            shortcut=self._layer(block.proj) if block.q_stride else None,
         )
+
+    def _layer(self, layer: Any) -> Linear:
+        return self._linear(layer.weight, layer.bias)
 
     def _level(self, level: int) -> PackedLinear:
         """Return the neck's layer of a level, the finest being 0, with what follows it in the decoder."""
@@ -146,10 +157,6 @@ def _piece(blocks: list[Block]) -> int:
     if any(len(block.windows) > 1 or block.windows[0].count != count for block in blocks):
         return sum(one.count * one.tokens for one in first)
     return tokens * max(1, min(count, _PIECE // tokens))
-
-
-def _linear(layer: Any) -> PackedLinear:
-    return PackedLinear(layer.weight, layer.bias)
 
 
 def _norm(layer: Any) -> Norm:

@@ -4,6 +4,7 @@ Shapes are given with N tokens and C channels of a stage.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,8 +13,26 @@ from torch.nn import functional
 from segrpc.service.models.sam2.encoder_order import Windows
 
 
+class Linear(Protocol):
+    """A linear layer ``[out, in]`` that adds the bias and more in passing.
+
+    Attributes:
+        bias: ``[out]``.
+    """
+
+    bias: Tensor
+
+    def __call__(self, x: Tensor, activation: str = "none") -> Tensor:
+        """Apply it to ``[N, in]``, and then `activation`: ``none`` or ``gelu``."""
+        ...
+
+    def added(self, x: Tensor, to: Tensor) -> Tensor:
+        """Apply it to ``[N, in]`` and add the result to ``[N, out]``, which may be overwritten."""
+        ...
+
+
 class PackedLinear:
-    """A linear layer ``[out, in]`` in float32, as oneDNN packs it, which adds the bias and more in passing.
+    """A linear layer ``[out, in]`` in float32, as oneDNN packs it; see `Linear` for the methods.
 
     Args:
         weight: ``[out, in]``.
@@ -25,12 +44,12 @@ class PackedLinear:
         self.bias = bias.detach()
 
     def __call__(self, x: Tensor, activation: str = "none") -> Tensor:
-        """Apply it to ``[N, in]``, and then `activation`: ``none`` or ``gelu``."""
+        """See `Linear`."""
         found: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, activation, [], "none")
         return found
 
     def added(self, x: Tensor, to: Tensor) -> Tensor:
-        """Apply it to ``[N, in]`` and add the result to ``[N, out]``."""
+        """See `Linear`."""
         found: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, to, self._weight, self.bias, "add")
         return found
 
@@ -71,12 +90,12 @@ class Block:
     windows: tuple[Windows, ...]
     heads: int
     norm1: Norm
-    qkv: PackedLinear
-    out: PackedLinear
+    qkv: Linear
+    out: Linear
     norm2: Norm
-    mlp_in: PackedLinear
-    mlp_out: PackedLinear
-    shortcut: PackedLinear | None
+    mlp_in: Linear
+    mlp_out: Linear
+    shortcut: Linear | None
 
 
 @dataclass(frozen=True, slots=True)
