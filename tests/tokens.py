@@ -40,9 +40,9 @@ class Issuer:
         return pem
 
     def token(self, subject: str = "alice", *, key: Any = None, headers: Any = None, **changes: Any) -> str:
-        """Make a token that is valid for a minute, but for the changes; None leaves a claim out."""
+        """Make a token that is valid for a day, but for the changes; None leaves a claim out."""
         now = int(time.time())
-        claims = {"iss": ISSUER, "aud": AUDIENCE, "sub": subject, "iat": now, "exp": now + 60, **changes}
+        claims = {"iss": ISSUER, "aud": AUDIENCE, "sub": subject, "iat": now, "exp": now + 86_400, **changes}
         given = {name: value for name, value in claims.items() if value is not None}
         return jwt.encode(given, key or self._key, self.algorithm, headers={"kid": self.key_id, **(headers or {})})
 
