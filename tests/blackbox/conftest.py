@@ -1,5 +1,6 @@
 """Servers for black-box tests: real processes, asked over real sockets."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -48,7 +49,8 @@ def third_party(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         str(folder / "source"),
     ]
     subprocess.run(install, check=True)
-    return {"PYTHONPATH": str(folder / "site")}
+    found = [str(folder / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(found)}
 
 
 @pytest.fixture(scope="session")

@@ -28,29 +28,54 @@ class Brightness(SegmentationModel):
         return SegmentationOutput(masks=[[mask]] * input.num_prompts, scores=scores)
 
 
-class Broken(Brightness):
-    """Has a bug."""
+class Later(Brightness):
+    """Is like any other at the first prompt, which is the server's own at its start."""
+
+    def load_model(self) -> None:
+        super().load_model()
+        self.asked = False
 
     def predict(self, input: SegmentationInput) -> SegmentationOutput:  # noqa: A002
+        if not self.asked:
+            self.asked = True
+            return super().predict(input)
+        return self.predict_later(input)
+
+    def predict_later(self, input: SegmentationInput) -> SegmentationOutput:  # noqa: A002
+        """Answer all others."""
+        raise NotImplementedError
+
+
+class Broken(Later):
+    """Has a bug."""
+
+    def predict_later(self, input: SegmentationInput) -> SegmentationOutput:  # noqa: A002
         raise KeyError("a secret that clients must not see")
 
 
-class Hungry(Brightness):
-    """Needs more memory than there is."""
+class Unready(Brightness):
+    """Has a bug that the first prompt shows."""
 
     def predict(self, input: SegmentationInput) -> SegmentationOutput:  # noqa: A002
+        raise KeyError("the first prompt")
+
+
+class Hungry(Later):
+    """Needs more memory than there is."""
+
+    def predict_later(self, input: SegmentationInput) -> SegmentationOutput:  # noqa: A002
         raise MemoryError
 
 
-class Patient(Brightness):
+class Patient(Later):
     """Writes a line into the named pipe ``started``, then waits for a line in the named pipe ``proceed``."""
 
-    def predict(self, input: SegmentationInput) -> SegmentationOutput:  # noqa: A002
+    def predict_later(self, input: SegmentationInput) -> SegmentationOutput:  # noqa: A002
         with Path(self.config.model_params["started"]).open("w") as started:
             started.write("started\n")
         with Path(self.config.model_params["proceed"]).open() as proceed:
             proceed.readline()
-        return super().predict(input)
+        return Brightness.predict(self, input)
 
 
 @register_model("gated")
@@ -63,6 +88,8 @@ class Gated(PromptableModel):
             prompt.
         noisy: Whether masks are noise, so that their encodings are large. Default: false.
         deadly: Whether a background point ends the process. Default: false.
+
+    If the folder has a file ``exit.load``, ``exit.embed`` or ``exit.decode``, that stage ends the process.
     """
 
     SIDE = 128
@@ -75,8 +102,11 @@ class Gated(PromptableModel):
         self.gates = Path(self.config.model_params["gates"])
         self.deadly = bool(self.config.model_params.get("deadly", False))
         self.noisy = bool(self.config.model_params.get("noisy", False))
+        self._pass("load")
 
     def _pass(self, stage: str) -> None:
+        if (self.gates / f"exit.{stage}").exists():
+            os._exit(4)
         started, proceed = self.gates / f"{stage}.started", self.gates / f"{stage}.proceed"
         if started.exists():
             started.write_text("started\n")

@@ -102,14 +102,62 @@ async def test_who_waits_for_a_worker_waits_no_longer_than_the_token(engine: Eng
 async def test_a_worker_that_cannot_be_started_again(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process, "WAIT_SECONDS", 0.5)
+    troubles = engine.troubles()
+    assert await anext(troubles) == ()
+    monkeypatch.setattr(process, "GRACE_SECONDS", 0.5)
     (tmp_path / "unloadable").touch()
     kill(engine)
-    with pytest.raises(WorkerUnavailableError, match="could be started"):
-        await ask(engine, A)
-    monkeypatch.undo()
+    waiting = [asyncio.create_task(ask(engine, A)) for _ in range(2)]
+    (trouble,) = await anext(troubles)
+    assert "could be started for 0.5 s" in trouble
+    for one in waiting:
+        with pytest.raises(WorkerUnavailableError, match="could be started"):
+            await one
+    # Who comes now does not wait.
+    with pytest.raises(WorkerUnavailableError, match="could be started") as caught:
+        await asyncio.wait_for(ask(engine, A), 0.1)
+    assert caught.value.retry_after
     (tmp_path / "unloadable").unlink()
+    assert await anext(troubles) == ()
     assert len((await ask(engine, A)).output.masks) == 1
+    assert engine.stats().worker_restarts == 1
+
+
+async def test_workers_that_end_before_they_answer_anything(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "BARREN_LIVES", 2)
+    troubles = engine.troubles()
+    assert await anext(troubles) == ()
+    gate = Gate(tmp_path, "embed")
+    asked = asyncio.create_task(ask(engine, A))
+    for _ in range(2):
+        await gate.reached()
+        kill(engine)
+    (trouble,) = await anext(troubles)
+    assert "2 worker processes in a row ended before they answered anything" in trouble
+    with pytest.raises(WorkerUnavailableError, match="in a row"):
+        await asyncio.wait_for(ask(engine, B), 0.1)
+    with pytest.raises(WorkerUnavailableError):
+        await asked
+    # The next worker answers a prompt of the server's own before it takes those of others.
+    await gate.reached()
+    assert engine.stats().worker_pids == ()
+    await gate.open()
+    assert await anext(troubles) == ()
+    assert engine.stats().encodes == 0
+    assert len((await ask(engine, A)).output.masks) == 1
+
+
+async def test_workers_that_answered_are_replaced_as_often_as_it_takes(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "BARREN_LIVES", 1)
+    for _ in range(3):
+        await ask(engine, A)
+        kill(engine)
+    assert len((await ask(engine, A)).output.masks) == 1
+    assert engine.stats().worker_restarts == 3
 
 
 async def test_a_worker_that_ends_while_it_loads_is_an_error_of_loading() -> None:

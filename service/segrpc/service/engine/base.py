@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -241,6 +241,19 @@ class Engine(Protocol):
 
         Raises:
             ModelLoadError: If one cannot be loaded.
+        """
+
+    async def warm_up(self) -> None:
+        """Have each model answer a first prompt on a small image, on every device.
+
+        Raises:
+            ModelLoadError: If one does not answer.
+        """
+
+    def troubles(self) -> AsyncIterator[tuple[str, ...]]:
+        """Tell why devices are not served, now and after each change, to one listener; nothing if all are.
+
+        Jobs on such a device are refused at once (`WorkerUnavailableError`), until a worker has answered a warm-up.
         """
 
     async def stop(self) -> None:

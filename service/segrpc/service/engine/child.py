@@ -12,7 +12,7 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any, Self
 
-from segrpc.service.engine.base import CancelToken, EngineOptions, ServedModel
+from segrpc.service.engine.base import CancelToken, EngineOptions, SegmentResult, ServedModel
 from segrpc.service.engine.messages import Answer, Call, Cancel, Failed, Ready, Release, Start, Stop
 from segrpc.service.engine.wire import Connection
 from segrpc.service.engine.work import DecodeWork, EncodeWork, Holdings, PredictWork, Work, WorkerLost
@@ -96,12 +96,14 @@ class Child:
     Attributes:
         models: What it serves.
         holdings: What its cache held when it last answered.
+        answered: Whether it ever answered a prompt, with masks.
     """
 
     models: tuple[ServedModel, ...]
 
     def __init__(self, process: "subprocess.Popen[bytes]", ends: list[socket.socket], lost: Callable[[], None]) -> None:
         self.holdings = Holdings()
+        self.answered = False
         self._process = process
         self._lost = lost
         self._first: asyncio.Future[Ready | Failed] = asyncio.get_running_loop().create_future()
@@ -211,6 +213,7 @@ class Child:
     def _received(self, message: Any) -> None:
         if isinstance(message, Answer):
             self.holdings = message.holdings
+            self.answered = self.answered or isinstance(message.outcome, SegmentResult)
             waiting = self._calls.get(message.number)
             if waiting is None or waiting.done():
                 return

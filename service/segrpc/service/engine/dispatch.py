@@ -3,7 +3,7 @@
 import asyncio
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from segrpc.service.engine.base import (
@@ -19,6 +19,7 @@ from segrpc.service.engine.base import (
 )
 from segrpc.service.engine.sharing import Backend, SharedEncode, SharedEncodes
 from segrpc.service.engine.waiting import until
+from segrpc.service.engine.warm_up import warm_up
 from segrpc.service.engine.work import (
     DecodeWork,
     EmbeddingMissing,
@@ -53,11 +54,15 @@ class Dispatcher:
     Args:
         options: What to run; the limits of admission.
         backends: Where to run it. An image always goes to the same one, which its digest chooses.
+        changed: Set by the backends when the trouble of one has changed. Default: it never does.
     """
 
-    def __init__(self, options: EngineOptions, backends: Sequence[Backend]) -> None:
+    def __init__(
+        self, options: EngineOptions, backends: Sequence[Backend], changed: asyncio.Event | None = None
+    ) -> None:
         self._options = options
         self._backends = tuple(backends)
+        self._changed = changed or asyncio.Event()
         self._models: dict[str, ServedModel] = {}
         self._encodes = SharedEncodes()
         self._jobs: set[asyncio.Task[Any]] = set()
@@ -71,6 +76,17 @@ class Dispatcher:
             await self._stop_backends()
             raise failed[0]
         self._models = {model.name: model for models in started[:1] if isinstance(models, tuple) for model in models}
+
+    async def warm_up(self) -> None:
+        """Have each model answer on all devices at once."""
+        await asyncio.gather(*(warm_up(backend, self.models) for backend in self._backends))
+
+    async def troubles(self) -> AsyncIterator[tuple[str, ...]]:
+        """Tell what keeps devices from being served."""
+        while True:
+            self._changed.clear()
+            yield tuple(backend.trouble for backend in self._backends if backend.trouble)
+            await self._changed.wait()
 
     async def stop(self) -> None:
         """Wait for the work in progress and unload the models. New jobs are refused meanwhile."""

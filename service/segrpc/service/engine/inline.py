@@ -51,6 +51,7 @@ class InlineBackend:
 
     restarts = 0
     pid = None
+    trouble = ""
 
     def _running(self) -> LocalCore:
         if self._core is None:

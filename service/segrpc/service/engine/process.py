@@ -9,12 +9,14 @@ from segrpc.service.engine.base import CancelToken, EngineOptions, ServedModel
 from segrpc.service.engine.child import Child
 from segrpc.service.engine.dispatch import RETRY_AFTER, Dispatcher
 from segrpc.service.engine.waiting import until
+from segrpc.service.engine.warm_up import warm_up
 from segrpc.service.engine.work import Holdings, Work, WorkerLost
 from segrpc.service.errors import ModelLoadError, SegrpcError, WorkerUnavailableError
 
 log = logging.getLogger("segrpc.engine")
 
-WAIT_SECONDS = 60.0  # how long a job waits for a worker at most
+GRACE_SECONDS = 30.0  # without a worker: that long jobs wait for it, and the device counts as served
+BARREN_LIVES = 5  # of workers in a row that answered nothing: more than one bad edit of a client costs
 FIRST_DELAY, LAST_DELAY = 0.25, 10.0  # seconds before another start; it doubles from start to start
 STEADY_SECONDS = 10.0  # a worker that lived so long served well: the next start is at once again
 
@@ -25,11 +27,16 @@ class ProcessBackend:
     Args:
         options: Which models, and what they may take.
         device: See `LocalCore`.
+        changed: Set when `trouble` has changed.
     """
 
-    def __init__(self, options: EngineOptions, device: str) -> None:
+    def __init__(self, options: EngineOptions, device: str, changed: asyncio.Event) -> None:
         self._options = options
         self._device = device
+        self._changed = changed
+        self._trouble = ""
+        self._barren_lives = 0
+        self._alarm: asyncio.TimerHandle | None = None  # set while none is ready
         self._child: asyncio.Future[Child] | None = None  # not done while none is ready
         self._started = 0.0
         self._delay = 0.0
@@ -49,6 +56,7 @@ class ProcessBackend:
     async def stop(self) -> None:
         """End the process."""
         current, self._child = self._child, None
+        self._disarm()
         if self._restarting is not None:
             self._restarting.cancel()
             await asyncio.wait({self._restarting})
@@ -59,11 +67,15 @@ class ProcessBackend:
         """Do a work; waits for a worker if there is none.
 
         Raises:
-            WorkerUnavailableError: If none could be started for a minute.
+            WorkerUnavailableError: If there is trouble with starting one, at once, or if it comes to that.
         """
         if self._child is None:
             raise RuntimeError("the engine is not started")
-        child = self._ready() or await self._next(self._child, token)
+        if self._trouble:
+            raise self._unavailable()
+        child = self._ready()
+        if child is None:
+            child = await until(self._child, token)
         return await child.run(work, token)
 
     def release(self, model: str, digest: str) -> None:
@@ -88,19 +100,20 @@ class ProcessBackend:
         child = self._ready()
         return child.pid if child is not None else None
 
-    async def _next(self, coming: "asyncio.Future[Child]", token: CancelToken) -> Child:
-        try:
-            async with asyncio.timeout(WAIT_SECONDS):
-                return await until(coming, token)
-        except TimeoutError:
-            raise WorkerUnavailableError(
-                f"no worker process could be started for {WAIT_SECONDS:g} s; the server's log says why", RETRY_AFTER
-            ) from None
+    @property
+    def trouble(self) -> str:
+        """Why the device is not served, or nothing."""
+        return self._trouble
 
     def _ready(self) -> Child | None:
         return self._child.result() if self._child is not None and self._child.done() else None
 
     def _up(self, child: Child) -> None:
+        self._disarm()
+        if self._trouble:
+            self._trouble, self._barren_lives = "", 0
+            self._changed.set()
+            log.warning("worker %d answers: the device is served again", child.pid)
         self._started = time.monotonic()
         if self._child is not None:
             self._child.set_result(child)
@@ -113,8 +126,16 @@ class ProcessBackend:
         if dead is None:
             return
         self._child = asyncio.get_running_loop().create_future()
-        if time.monotonic() - self._started >= STEADY_SECONDS:
+        self._alarm = asyncio.get_running_loop().call_later(
+            GRACE_SECONDS, self._give_up, f"no worker process could be started for {GRACE_SECONDS:g} s"
+        )
+        steady = time.monotonic() - self._started >= STEADY_SECONDS
+        if steady:
             self._delay = 0.0
+        if steady or dead.answered:
+            self._barren_lives = 0
+        else:
+            self._count_barren_life()
         self._restarting = asyncio.create_task(self._restart(dead))
 
     async def _restart(self, dead: Child) -> None:
@@ -124,14 +145,58 @@ class ProcessBackend:
             await asyncio.sleep(self._delay)
             self._delay = min(max(2 * self._delay, FIRST_DELAY), LAST_DELAY)
             try:
-                child = await Child.start(self._options, self._device, self._lost)
+                child = await self._next()
             except (SegrpcError, WorkerLost, OSError) as error:
                 log.error("a worker cannot be started, next try in %g s: %s", self._delay, error)
+                self._count_barren_life()
             else:
                 break
         log.info("worker %d is ready", child.pid)
         self._restarts += 1
         self._up(child)
+
+    async def _next(self) -> Child:
+        """Start a process. While jobs wait for it, the first of them shows what it can do; if none may, a warm-up."""
+        child = await Child.start(self._options, self._device, self._lost)
+        if self._trouble:
+            try:
+                await warm_up(child, child.models)
+            except BaseException:
+                await child.kill()
+                raise
+        return child
+
+    # Trouble
+
+    def _count_barren_life(self) -> None:
+        self._barren_lives += 1
+        if self._barren_lives >= BARREN_LIVES:
+            self._give_up(f"{self._barren_lives} worker processes in a row ended before they answered anything")
+
+    def _give_up(self, trouble: str) -> None:
+        """Refuse jobs, those that wait included, until a worker has answered a warm-up."""
+        if self._trouble or self._child is None:
+            return
+        self._trouble = trouble
+        self._changed.set()
+        log.critical(
+            "%s%s: calls are refused, and health is NOT_SERVING, until a worker answers. See the lines around this one "
+            "for why workers end, and whether there is memory for them; they are tried again, every %g s at the latest",
+            f"device {self._device}: " if self._device else "",
+            trouble,
+            LAST_DELAY,
+        )
+        waited_for, self._child = self._child, asyncio.get_running_loop().create_future()
+        waited_for.set_exception(self._unavailable())
+        waited_for.exception()  # looked at, so that asyncio does not report it when nobody waits
+
+    def _unavailable(self) -> WorkerUnavailableError:
+        return WorkerUnavailableError(f"{self._trouble}; the server's log says why", RETRY_AFTER)
+
+    def _disarm(self) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
 
 
 class ProcessEngine(Dispatcher):
@@ -142,4 +207,6 @@ class ProcessEngine(Dispatcher):
     """
 
     def __init__(self, options: EngineOptions) -> None:
-        super().__init__(options, [ProcessBackend(options, device) for device in options.devices or ("",)])
+        changed = asyncio.Event()
+        backends = [ProcessBackend(options, device, changed) for device in options.devices or ("",)]
+        super().__init__(options, backends, changed)

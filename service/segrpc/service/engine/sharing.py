@@ -47,6 +47,10 @@ class Backend(Protocol):
     def pid(self) -> int | None:
         """The process that it runs in; None if it is this one, or if none is running."""
 
+    @property
+    def trouble(self) -> str:
+        """Why works are refused for the time being, for the operator; empty if they are not."""
+
 
 class SharedEncode:
     """An encoding that is under way or done, and how many use it.

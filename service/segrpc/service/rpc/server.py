@@ -38,8 +38,9 @@ log = logging.getLogger("segrpc.server")
 
 T = TypeVar("T")
 
+SEGMENTATION = segmentation_service_pb2.DESCRIPTOR.services_by_name["SegmentationService"].full_name
 SERVICES = (
-    segmentation_service_pb2.DESCRIPTOR.services_by_name["SegmentationService"].full_name,
+    SEGMENTATION,
     model_service_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
 )
 METHODS = tuple(
@@ -114,6 +115,7 @@ class Server:
         )
         self._health = health.aio.HealthServicer()
         self._sweeper: asyncio.Task[None] | None = None
+        self._follower: asyncio.Task[None] | None = None
         self._server = grpc.aio.server(
             interceptors=[self._boundary],
             options=[
@@ -134,21 +136,35 @@ class Server:
         Raises:
             OSError: If the address cannot be listened on.
             ConfigurationError: If the files for TLS cannot be used.
-            ModelLoadError: If a model cannot be loaded.
+            ModelLoadError: If a model cannot be loaded, or does not answer.
         """
         try:
             port = self._open_port()
         except RuntimeError as error:
             raise OSError(f"cannot listen on {self._settings.listen}: is the address right, and free?") from error
         self._add_services()
-        for service in ("", *SERVICES):
-            await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._set_serving(False, "", *SERVICES)
         await self._engine.start()
+        try:
+            await self._engine.warm_up()
+        except BaseException:
+            await self._engine.stop()
+            raise
         await self._server.start()
+        await self._set_serving(True, "", *SERVICES, HEALTH)
         self._sweeper = asyncio.create_task(self._sweep())
-        for service in ("", *SERVICES, HEALTH):
-            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        self._follower = asyncio.create_task(self._follow_engine())
         return f"{self._settings.listen.rpartition(':')[0]}:{port}"
+
+    async def _set_serving(self, serving: bool, *services: str) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in services:
+            await self._health.set(service, status)
+
+    async def _follow_engine(self) -> None:
+        """Tell health checkers whether prompts are answered. What needs no model is served all the time."""
+        async for troubles in self._engine.troubles():
+            await self._set_serving(not troubles, "", SEGMENTATION)
 
     def _open_port(self) -> int:
         settings = self._settings
@@ -223,7 +239,10 @@ class Server:
 
     async def stop(self) -> None:
         """Tell health checkers, finish the calls in progress, close the port and unload the models."""
-        await self._health.enter_graceful_shutdown()
+        if self._follower is not None:
+            self._follower.cancel()
+        # The health service itself, which stands for the process being alive, serves to the end.
+        await self._set_serving(False, "", *SERVICES)
         # Streams end by themselves when their time is over.
         if not await self._boundary.drain(self._settings.drain_seconds + CLOSE_SECONDS):
             log.warning("calls were still in progress after %g s and are cut off", self._settings.drain_seconds)
