@@ -1,21 +1,23 @@
 """Coverage-guided fuzzing: ``python -m tests.fuzz TARGET [--seconds N]``, or ``... TARGET --replay FILE``.
 
-Starts from ``tests/fuzz/corpus/TARGET``. What reaches new code is kept in ``fuzz-results/TARGET/corpus``, where the next
-run goes on; an input that makes the target raise, hang or crash is written to ``fuzz-results/TARGET``.
+Starts from ``tests/fuzz/corpus/TARGET``. What reaches new code is kept in ``fuzz-results/TARGET/corpus``, where the
+next run goes on; an input that makes the target raise, hang or crash is written to ``fuzz-results/TARGET``.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from tests.fuzz.corpus import CORPUS, TARGETS, target
+from tests.fuzz.targets import CORPUS, TARGETS, target
 
 RESULTS = Path("fuzz-results")
 
 
 def main() -> None:
     """Run a target until time is over or it fails; the exit status says which."""
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description="Look for inputs that raise, hang or crash.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.fuzz", description="Look for inputs that raise, hang or crash."
+    )
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--seconds", type=int, default=60, help="how long; default: 60")
     parser.add_argument("--replay", type=Path, metavar="FILE", help="run the target once, on an input that was written")

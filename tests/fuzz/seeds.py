@@ -21,7 +21,7 @@ from segrpc.v1.refine_pb2 import (
 )
 from segrpc.v1.segmentation_service_pb2 import EncodeImageRequest, SegmentRequest
 from segrpc.v1.types_pb2 import DATA_TYPE_FLOAT16, DATA_TYPE_FLOAT32, Box, Image, OutputOptions, Point, Prompt, Tensor
-from tests.fuzz.corpus import CORPUS
+from tests.fuzz.targets import CORPUS
 from tests.unit.images.pictures import encode, exif, picture, tiff
 
 LOGITS = Tensor(dtype=DATA_TYPE_FLOAT32, shape=[1, 4, 4], data=bytes(64))
@@ -55,7 +55,9 @@ def _messages() -> dict[str, bytes]:
     }
     for edit in edits.values():
         edit.object_id = "o"
-    config = RefineConfig(model="model", upload=UploadHeader(size=9, digest="sha256:" + "0" * 64), output=segment.output)
+    config = RefineConfig(
+        model="model", upload=UploadHeader(size=9, digest="sha256:" + "0" * 64), output=segment.output
+    )
     return {
         "segment": b"\0" + segment.SerializeToString(),
         "segment-masks": b"\0" + masks.SerializeToString(),

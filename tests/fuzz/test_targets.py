@@ -1,10 +1,10 @@
-"""A short run of every target, without coverage: its corpus and some thousand mutations. `make fuzz` is the long one."""
+"""A short run of every target, without coverage: its corpus and mutations of it. The long one is `make fuzz`."""
 
 import random
 
 import pytest
 
-from tests.fuzz.corpus import TARGETS, mutated, seeds, target
+from tests.fuzz.targets import TARGETS, mutated, seeds, target
 
 ROUNDS = 2000
 SEED = 20_240_607

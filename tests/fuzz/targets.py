@@ -11,7 +11,17 @@ TARGETS = ("counts", "images", "messages", "sources", "tensors")
 Target = Callable[[bytes], None]
 
 # Where lengths and signs wrap round.
-_EDGES = (b"\0", b"\xff", b"\x7f", b"\x80", b"\xff\xff", b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\xff\xd9")
+_EDGES = (
+    b"\0",
+    b"\xff",
+    b"\x7f",
+    b"\x80",
+    b"\xff\xff",
+    b"\0\0\0\0",
+    b"\xff\xff\xff\xff",
+    b"\x7f\xff\xff\xff",
+    b"\xff\xd9",
+)
 
 
 def target(name: str) -> Target:
