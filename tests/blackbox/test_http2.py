@@ -162,7 +162,7 @@ FLOODS = {
     "empty data": call(1) + frame(DATA, 0, 1) * 200_000,
     "one field of the table, again and again": frame(HEADERS, 0, 1, request(SEGMENT, KEPT))
     + frame(CONTINUATION, 0, 1, b"\xbe" * MAX_FRAME) * 20,
-    "announced messages": many(90, lambda s: call(s) + frame(DATA, 0, s, message(60 * 2**20, b"x"))),
+    "announced messages": many(90, lambda s: call(s) + frame(DATA, 0, s, message(30 * 2**20, b"x"))),
     "unknown frames": frame(99, 0, 0, NOISE) * 5000,
     "priorities": many(50_000, lambda s: frame(PRIORITY, 0, s, struct.pack(">IB", 0, 9))),
 }

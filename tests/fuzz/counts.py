@@ -4,6 +4,7 @@ The first byte chooses the height among the divisors of what the runs sum to; th
 """
 
 import io
+import re
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from segrpc.service import rle
 from segrpc.service.schemas import CompressedRLE
 
 MAX_DENSE = 2**16  # pixels that are compared one by one
+_SEVEN_GROUPS = re.compile(rb"[P-o]{6}")  # no encoder writes a run so long, and pycocotools computes with 32 bits there
 
 
 def run(data: bytes) -> None:
@@ -45,6 +47,8 @@ def _compare(counts: bytes, canonical: bytes, height: int, width: int) -> None:
     mask = ours.to_mask()
     theirs = {"size": [height, width], "counts": canonical}
     np.testing.assert_array_equal(coco.decode(theirs), mask)
+    if not _SEVEN_GROUPS.search(counts):
+        np.testing.assert_array_equal(coco.decode({**theirs, "counts": counts}), mask)
     assert ours.area == mask.sum() == coco.area(theirs)
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(rle.to_png(counts, height, width)))), mask)
     assert CompressedRLE.model_validate_json(ours.model_dump_json()) == ours

@@ -113,6 +113,7 @@ def _counts() -> dict[str, bytes]:
     }
     return {
         **{name: bytes([len(mask) - 1]) + rle.encode(mask) for name, mask in masks.items()},
+        "jumps": b"\4" + rle.compress(np.array([100, 3, 7, 2000, 50, 1000, 5, 40, 2, 0, 900, 3])),
         "long-runs": b"\0" + rle.compress(np.array([0, 2**24, 3, 2**24])),
     }
 
