@@ -16,6 +16,10 @@ TOGETHER := -n 2 --dist loadfile
 # What the contract must stay compatible with: the last release.
 BASE ?= $(shell git describe --tags --abbrev=0 2>/dev/null || echo main)
 
+# Seconds for each target of `make fuzz`.
+FUZZ_SECONDS ?= 300
+FUZZ_TARGETS := counts images messages sources tensors
+
 DEPLOY := service/deploy
 MANIFESTS := $(filter-out %/kustomization.yaml,$(wildcard $(DEPLOY)/kustomize/base/*.yaml))
 # The oldest Kubernetes that the manifests are for. kubectl is used if it is there: it is in no registry of packages.
@@ -24,7 +28,7 @@ KUSTOMIZE ?= $(if $(shell command -v kubectl),kubectl kustomize,$(if $(shell com
 VALIDATE := $(BIN)/kubernetes-validate --kubernetes-version $(KUBERNETES) --strict --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-large lint lint-deploy audit fix protos check-protos bench serve clean
+.PHONY: help setup demo test test-large fuzz lint lint-deploy audit fix protos check-protos bench serve clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +51,13 @@ test: $(INSTALLED) lint check-protos ## run all checks and tests, without the la
 
 test-large: $(INSTALLED) ## compare the larger SAM 2 sizes with the reference; minutes, and CI runs it too
 	$(PYTEST) -m large tests/parity tests/unit/models
+
+# All targets run, even if one fails; inputs that fail are in fuzz-results/.
+fuzz: $(INSTALLED) ## fuzz each target for FUZZ_SECONDS=300, guided by coverage; needs a wheel of atheris
+	$(PIP) --no-build-isolation --editable '.[fuzz]'
+	@failed=; for target in $(FUZZ_TARGETS); \
+	  do $(BIN)/python -m tests.fuzz $$target --seconds $(FUZZ_SECONDS) || failed="$$failed $$target"; done; \
+	  test -z "$$failed" || { echo "failed:$$failed; see fuzz-results/"; exit 1; }
 
 lint: $(INSTALLED) ## check format, lint, types and the direction of imports
 	$(BIN)/ruff format --check .
@@ -115,4 +126,4 @@ serve: $(INSTALLED) ## serve the GrabCut model on 127.0.0.1:50051 (ARGS=... adds
 	$(BIN)/segrpc-server serve $(ARGS)
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) dist demo-output bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist demo-output bench-results fuzz-results .pytest_cache .mypy_cache .ruff_cache .hypothesis

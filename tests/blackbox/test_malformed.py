@@ -9,6 +9,7 @@ import pytest
 from segrpc.v1.refine_pb2 import ImageChunk, UploadHeader
 from segrpc.v1.segmentation_service_pb2 import EncodeImageRequest, SegmentRequest, UploadImageRequest
 from segrpc.v1.types_pb2 import DATA_TYPE_FLOAT32, Box, Image, OutputOptions, Point, Prompt, Tensor
+from tests.fuzz.targets import mutated
 from tests.server_process import ServerProcess, connect, raw
 
 Code = grpc.StatusCode
@@ -25,25 +26,6 @@ EXPECTED = {
 SEGMENT = "/segrpc.v1.SegmentationService/Segment"
 ENCODE = "/segrpc.v1.SegmentationService/EncodeImage"
 UPLOAD = "/segrpc.v1.SegmentationService/UploadImage"
-
-
-def mutated(data: bytes, chance: random.Random) -> bytes:
-    """Change, cut out, repeat or insert a few bytes."""
-    changed = bytearray(data)
-    for _ in range(chance.randint(1, 8)):
-        position = chance.randrange(len(changed) + 1)
-        kind = chance.randrange(4)
-        if kind == 0 and position < len(changed):
-            changed[position] ^= 1 << chance.randrange(8)
-        elif kind == 1:
-            del changed[position : position + chance.randint(1, 16)]
-        elif kind == 2:
-            changed[position:position] = changed[position : position + chance.randint(1, 16)]
-        else:
-            changed[position:position] = chance.randbytes(chance.randint(1, 8))
-        if not changed:
-            changed = bytearray(b"\0")
-    return bytes(changed)
 
 
 def wrong_tensor(chance: random.Random) -> Tensor:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,6 +54,7 @@ HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 
 CLOSE_SECONDS = 1.0  # for answers that are on their way when the port closes
+WATCH_SECONDS = 0.2  # between looks at whether grpc still serves
 
 
 def image_limits(settings: Settings) -> ImageLimits:
@@ -114,18 +116,9 @@ class Server:
             )
         )
         self._health = health.aio.HealthServicer()
-        self._sweeper: asyncio.Task[None] | None = None
-        self._follower: asyncio.Task[None] | None = None
-        self._server = grpc.aio.server(
-            interceptors=[self._boundary],
-            options=[
-                ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it silently
-                ("grpc.max_receive_message_length", int(settings.max_message_bytes)),
-                ("grpc.max_send_message_length", -1),
-                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-                ("grpc.keepalive_permit_without_calls", 1),
-            ],
-        )
+        self._services = self._make_services()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._server = self._make_server()
 
     async def start(self) -> str:
         """Open the port, load the models and serve.
@@ -139,10 +132,9 @@ class Server:
             ModelLoadError: If a model cannot be loaded, or does not answer.
         """
         try:
-            port = self._open_port()
+            port = self._open_port(self._server, self._settings.listen)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {self._settings.listen}: is the address right, and free?") from error
-        self._add_services()
         await self._set_serving(False, "", *SERVICES)
         await self._engine.start()
         try:
@@ -151,10 +143,11 @@ class Server:
             await self._engine.stop()
             raise
         await self._server.start()
+        address = f"{self._settings.listen.rpartition(':')[0]}:{port}"
         await self._set_serving(True, "", *SERVICES, HEALTH)
-        self._sweeper = asyncio.create_task(self._sweep())
-        self._follower = asyncio.create_task(self._follow_engine())
-        return f"{self._settings.listen.rpartition(':')[0]}:{port}"
+        work = self._sweep(), self._follow_engine(), self._keep_serving(address)
+        self._tasks = [asyncio.create_task(each) for each in work]
+        return address
 
     async def _set_serving(self, serving: bool, *services: str) -> None:
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
@@ -166,17 +159,72 @@ class Server:
         async for troubles in self._engine.troubles():
             await self._set_serving(not troubles, "", SEGMENTATION)
 
-    def _open_port(self) -> int:
+    def _make_server(self) -> grpc.aio.Server:
+        server = grpc.aio.server(
+            interceptors=[self._boundary],
+            options=[
+                ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it silently
+                ("grpc.max_receive_message_length", int(self._settings.max_message_bytes)),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+            ],
+        )
+        add_SegmentationServiceServicer_to_server(SegmentationServicer(self._services), server)
+        add_ModelServiceServicer_to_server(ModelServicer(self._services), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if self._settings.reflection:
+            _add_reflection(server)
+        return server
+
+    async def _keep_serving(self, address: str) -> None:
+        """Put another server in the place of one that gave up.
+
+        grpc.aio stops serving, for good and for everybody, when anybody asks for a method whose name is no UTF-8:
+        before an interceptor sees the call. The calls in progress are lost; images, sessions and models are not.
+        """
+        while True:
+            try:
+                # Without a timeout it would wait until all connections are gone, and their clients may stay.
+                while await self._server.wait_for_termination(WATCH_SECONDS):
+                    pass
+                return  # stopped by us
+            except Exception as error:  # noqa: BLE001 - whatever made it give up
+                log.error("grpc stopped serving (%s); serving anew", error)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._server.stop(None), CLOSE_SECONDS)  # that ends the connections
+            await self._reopen(address)
+
+    async def _reopen(self, address: str) -> None:
+        while True:
+            server = self._make_server()
+            try:
+                self._open_port(server, address)
+            except (RuntimeError, ConfigurationError) as error:  # ConfigurationError: the files for TLS
+                log.error("cannot listen on %s again: %s", address, error)
+                await asyncio.sleep(WATCH_SECONDS)
+            else:
+                self._server = server
+                await server.start()
+                return
+
+    def _open_port(self, server: grpc.aio.Server, address: str) -> int:
+        """Open the port of a server.
+
+        Raises:
+            RuntimeError: If the address cannot be listened on.
+            ConfigurationError: If the files for TLS cannot be used.
+        """
         settings = self._settings
         certificate, key = settings.tls_certificate, settings.tls_key
         if certificate is None or key is None:
-            return int(self._server.add_insecure_port(settings.listen))
+            return int(server.add_insecure_port(address))
         credentials = _usable(
             f"tls_certificate {certificate}", lambda: tls_credentials(certificate, key, settings.tls_client_ca)
         )
-        return int(self._server.add_secure_port(settings.listen, credentials))
+        return int(server.add_secure_port(address, credentials))
 
-    def _add_services(self) -> None:
+    def _make_services(self) -> Services:
         settings = self._settings
         limits = model_service_pb2.Limits(
             max_image_bytes=settings.max_image_bytes,
@@ -191,7 +239,7 @@ class Server:
             allow_private_addresses=settings.allow_private_addresses,
             timeout=settings.fetch_timeout,
         )
-        services = Services(
+        return Services(
             engine=self._engine,
             images=ImageLibrary(ImageStore(settings.image_store_bytes), policy, image_limits(settings)),
             current_images=CurrentImages(settings.max_sessions, settings.session_idle_seconds),
@@ -200,24 +248,6 @@ class Server:
             draining=self._boundary.draining,
             drain_seconds=settings.drain_seconds,
         )
-        add_SegmentationServiceServicer_to_server(SegmentationServicer(services), self._server)
-        add_ModelServiceServicer_to_server(ModelServicer(services), self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        if settings.reflection:
-            self._add_reflection()
-
-    def _add_reflection(self) -> None:
-        names = (*SERVICES, HEALTH, reflection.SERVICE_NAME)  # version 1 has no descriptor that could be told
-        servicer = reflection.aio.ReflectionServicer(names)
-        reflection.enable_server_reflection(names, self._server)
-        # Version 1 has the messages of v1alpha under another name; grpcio-reflection offers v1alpha only.
-        method = grpc.stream_stream_rpc_method_handler(
-            servicer.ServerReflectionInfo,
-            request_deserializer=ServerReflectionRequest.FromString,
-            response_serializer=ServerReflectionResponse.SerializeToString,
-        )
-        handlers = {"ServerReflectionInfo": method}
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(REFLECTION_V1, handlers),))
 
     async def _sweep(self) -> None:
         """End the sessions whose time is over, soon after it is."""
@@ -239,14 +269,26 @@ class Server:
 
     async def stop(self) -> None:
         """Tell health checkers, finish the calls in progress, close the port and unload the models."""
-        if self._follower is not None:
-            self._follower.cancel()
+        for task in self._tasks:
+            task.cancel()
         # The health service itself, which stands for the process being alive, serves to the end.
         await self._set_serving(False, "", *SERVICES)
         # Streams end by themselves when their time is over.
         if not await self._boundary.drain(self._settings.drain_seconds + CLOSE_SECONDS):
             log.warning("calls were still in progress after %g s and are cut off", self._settings.drain_seconds)
         await self._server.stop(CLOSE_SECONDS)
-        if self._sweeper is not None:
-            self._sweeper.cancel()
         await self._engine.stop()
+
+
+def _add_reflection(server: grpc.aio.Server) -> None:
+    names = (*SERVICES, HEALTH, reflection.SERVICE_NAME)  # version 1 has no descriptor that could be told
+    servicer = reflection.aio.ReflectionServicer(names)
+    reflection.enable_server_reflection(names, server)
+    # Version 1 has the messages of v1alpha under another name; grpcio-reflection offers v1alpha only.
+    method = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        request_deserializer=ServerReflectionRequest.FromString,
+        response_serializer=ServerReflectionResponse.SerializeToString,
+    )
+    handlers = {"ServerReflectionInfo": method}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(REFLECTION_V1, handlers),))
