@@ -115,11 +115,11 @@ def test_client_certificates_say_who_calls(certificates: Certificates, tmp_path:
             assert seven.segment(digest, points=[(100, 100)]).predictions
             with pytest.raises(NotFoundError):
                 eight.segment(digest, points=[(100, 100)])
-        log = server.log_text()
-        assert "principal='certificate:camera 7'" in log
-        assert "principal='certificate:machine-8.example'" in log
         cannot_connect(server.target, ca=certificates.ca)  # without a certificate
         cannot_connect(server.target, **certificates.client(certificates.stranger, common_name="camera 7"))
+    log = server.log_text()  # only now: calls are logged after they are answered
+    assert "principal='certificate:camera 7'" in log
+    assert "principal='certificate:machine-8.example'" in log
 
 
 def test_a_token_counts_more_than_a_certificate(certificates: Certificates, tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_token_counts_more_than_a_certificate(certificates: Certificates, tmp_
                 client.models()
         with SegmentationClient(server.target, token=new_key(), **mine) as client, pytest.raises(UnauthenticatedError):
             client.models()
-        log = server.log_text()
+    log = server.log_text()
     assert log.count("principal='key:alice'") == log.count("principal='certificate:gateway'") == 1
 
 
