@@ -77,8 +77,9 @@ def models(tmp_path_factory: pytest.TempPathFactory, third_party: dict[str, str]
     folder = tmp_path_factory.mktemp("load")
     gates, config = folder / "gates", folder / "config.toml"
     config.write_text(CONFIG.replace("GATES", str(gates)).replace("CACHE", str(EMBEDDING_BYTES * 3 // 2)))
+    gate = Gate(gates)  # the models pass there when the server starts already
     with ServerProcess("--config", str(config), log=folder / "log", environment=third_party) as process:
-        yield Models(process, Gate(gates))
+        yield Models(process, gate)
 
 
 def settle(server: ServerProcess, before: dict[str, Any]) -> None:
