@@ -117,6 +117,7 @@ class Server:
         )
         self._health = health.aio.HealthServicer()
         self._services = self._make_services()
+        self._follower: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._server = self._make_server()
 
@@ -145,8 +146,8 @@ class Server:
         await self._server.start()
         address = f"{self._settings.listen.rpartition(':')[0]}:{port}"
         await self._set_serving(True, "", *SERVICES, HEALTH)
-        work = self._sweep(), self._follow_engine(), self._keep_serving(address)
-        self._tasks = [asyncio.create_task(each) for each in work]
+        self._follower = asyncio.create_task(self._follow_engine())
+        self._tasks = [asyncio.create_task(work) for work in (self._sweep(), self._keep_serving(address))]
         return address
 
     async def _set_serving(self, serving: bool, *services: str) -> None:
@@ -269,13 +270,15 @@ class Server:
 
     async def stop(self) -> None:
         """Tell health checkers, finish the calls in progress, close the port and unload the models."""
-        for task in self._tasks:
-            task.cancel()
+        if self._follower is not None:
+            self._follower.cancel()
         # The health service itself, which stands for the process being alive, serves to the end.
         await self._set_serving(False, "", *SERVICES)
         # Streams end by themselves when their time is over.
         if not await self._boundary.drain(self._settings.drain_seconds + CLOSE_SECONDS):
             log.warning("calls were still in progress after %g s and are cut off", self._settings.drain_seconds)
+        for task in self._tasks:
+            task.cancel()
         await self._server.stop(CLOSE_SECONDS)
         await self._engine.stop()
 
