@@ -112,7 +112,7 @@ def _counts() -> dict[str, bytes]:
         "checks": (x[:12, :12] + y[:12, :12]) % 2,
     }
     return {
-        **{name: bytes([len(mask) - 1]) + rle.encode(mask) for name, mask in masks.items()},
+        **{name: bytes([len(mask) - 1]) + rle.compress(rle.runs_of_mask(mask)) for name, mask in masks.items()},
         "jumps": b"\4" + rle.compress(np.array([100, 3, 7, 2000, 50, 1000, 5, 40, 2, 0, 900, 3])),
         "long-runs": b"\0" + rle.compress(np.array([0, 2**24, 3, 2**24])),
     }

@@ -25,18 +25,6 @@ MAX_PIXELS = 2**26
 _MAX_GROUPS = 7  # 35 bits: more than any run that fits an image
 
 
-def encode(mask: npt.NDArray[Any]) -> bytes:
-    """Compress a mask.
-
-    Args:
-        mask: ``[height, width]``; non-zero where the object is.
-
-    Returns:
-        The compressed counts, byte for byte those of pycocotools.
-    """
-    return compress(runs_of_mask(mask))
-
-
 def runs_of_mask(mask: npt.NDArray[Any]) -> Runs:
     """Find the runs of a mask ``[height, width]``, non-zero where the object is."""
     flat = (mask if mask.dtype == np.bool_ else mask != 0).ravel(order="F")

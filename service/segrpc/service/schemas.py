@@ -5,6 +5,7 @@
 image as displayed; fractions are allowed.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -45,7 +46,20 @@ class _Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_bytes="base64", val_json_bytes="base64")
 
 
-class NDArrayFloat(_Value):
+class _CheckedOnce(_Value):
+    """A value whose contents cost something to check: that is done when it is made, and not again as part of others."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _check_once(cls, value: Any, make: ModelWrapValidatorHandler[Self]) -> Self:
+        return value if isinstance(value, cls) else make(value)._checked()
+
+    @abstractmethod
+    def _checked(self) -> Self:
+        """Return itself, or raise what is wrong with it."""
+
+
+class NDArrayFloat(_CheckedOnce):
     """A dense array of finite floating-point numbers as raw bytes.
 
     Attributes:
@@ -65,12 +79,6 @@ class NDArrayFloat(_Value):
             array = cls.from_numpy(value)
             return {"data": array.data, "shape": array.shape, "dtype": array.dtype}
         return value
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _check_once(cls, value: Any, make: ModelWrapValidatorHandler[Self]) -> Self:
-        # As part of another value it was checked already, when it was made.
-        return value if isinstance(value, cls) else make(value)._checked()
 
     def _checked(self) -> Self:
         expected = NUMPY_TYPES[self.dtype].itemsize
@@ -103,7 +111,7 @@ class NDArrayFloat(_Value):
         return self._view().astype(np.float32, copy=False)
 
 
-class CompressedRLE(_Value):
+class CompressedRLE(_CheckedOnce):
     """A binary mask as COCO run-length encoding.
 
     Attributes:
@@ -135,12 +143,6 @@ class CompressedRLE(_Value):
         if isinstance(value, dict) and isinstance(value.get("counts"), str):
             return {**value, "counts": value["counts"].encode("utf-8")}
         return value
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _check_once(cls, value: Any, make: ModelWrapValidatorHandler[Self]) -> Self:
-        # As part of another value it was checked already, when it was made.
-        return value if isinstance(value, cls) else make(value)._checked()
 
     def _checked(self) -> Self:
         try:

@@ -110,7 +110,7 @@ class _Reader:
             image_layers=(*images, self._image(position, None, last, None, None)),
             final_q=self._scaled(last.q_proj, last),
             final_out=self._linear(last.out_proj),
-            final_norm=self._norm(transformer.norm_final_attn),
+            final_norm=Norm.of(transformer.norm_final_attn),
             upscaling=self._upscaling(decoder.output_upscaling),
             heads=self._heads(decoder),
             stability=stability if decoder.dynamic_multimask_via_stability else None,
@@ -125,9 +125,6 @@ class _Reader:
     def _scaled(self, layer: Any, attention: Any) -> Linear:
         return self._linear(layer, scale=float((attention.internal_dim // attention.num_heads) ** -0.5))
 
-    def _norm(self, layer: Any) -> Norm:
-        return Norm(layer.weight.detach(), layer.bias.detach(), layer.eps)
-
     def _tokens(self, layer: Any) -> TokenLayer:
         attention, to_image, from_image = (
             layer.self_attn,
@@ -138,13 +135,13 @@ class _Reader:
             self_qk=self._linear(attention.q_proj, attention.k_proj),
             self_v=self._linear(attention.v_proj),
             self_out=self._linear(attention.out_proj),
-            norm1=self._norm(layer.norm1),
+            norm1=Norm.of(layer.norm1),
             to_image_q=self._scaled(to_image.q_proj, to_image),
             to_image_out=self._linear(to_image.out_proj),
-            norm2=self._norm(layer.norm2),
+            norm2=Norm.of(layer.norm2),
             mlp_in=self._linear(layer.mlp.layers[0]),
             mlp_out=self._linear(layer.mlp.layers[1]),
-            norm3=self._norm(layer.norm3),
+            norm3=Norm.of(layer.norm3),
             from_image_k=self._scaled(from_image.k_proj, from_image),
             from_image_v=self._linear(from_image.v_proj),
         )
@@ -162,7 +159,7 @@ class _Reader:
             bias=bias.to(self._dtype),
             position=(torch.cat(placed, dim=1) + constant).to(self._dtype),
             out=self._linear(from_image.out_proj) if from_image else None,
-            norm=self._norm(norm) if norm else None,
+            norm=Norm.of(norm) if norm else None,
         )
 
     def _prompts(self, encoder: Any) -> Prompts:
@@ -191,7 +188,7 @@ class _Reader:
 
     def _upscaling(self, layers: Any) -> Upscaling:
         first, norm, _, second, _ = layers
-        return Upscaling(self._transposed(first), self._norm(norm), self._transposed(second))
+        return Upscaling(self._transposed(first), Norm.of(norm), self._transposed(second))
 
     def _transposed(self, layer: Any) -> Linear:
         # [in, out, dy, dx] to [(dy, dx, out), in]

@@ -5,9 +5,10 @@ N = 64 * 64 image tokens; they are read from the model.
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 
@@ -30,6 +31,11 @@ class Norm:
     weight: Tensor
     bias: Tensor
     eps: float
+
+    @classmethod
+    def of(cls, layer: nn.LayerNorm) -> Self:
+        """Take over a layer's weights."""
+        return cls(layer.weight.detach(), layer.bias.detach(), layer.eps)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply it."""

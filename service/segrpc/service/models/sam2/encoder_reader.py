@@ -8,9 +8,10 @@ from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
 from sam2.modeling.sam2_base import SAM2Base
 from torch import Tensor, nn
 
+from segrpc.service.models.sam2.decoder_weights import Norm
 from segrpc.service.models.sam2.encoder_int8 import Int8Linear
 from segrpc.service.models.sam2.encoder_order import Windows, expanded, token_order, windows
-from segrpc.service.models.sam2.encoder_weights import Block, EncoderWeights, Linear, Norm, PackedLinear, Run
+from segrpc.service.models.sam2.encoder_weights import Block, EncoderWeights, Linear, PackedLinear, Run
 
 # Of the tokens that see no others so many go through their blocks at a time: what is computed of them stays in the
 # caches. From 2,048 to 8,192 there is little difference.
@@ -120,10 +121,10 @@ class _Reader:
         return Block(
             windows=tuple(seen),
             heads=attention.num_heads,
-            norm1=_norm(block.norm1),
+            norm1=Norm.of(block.norm1),
             qkv=self._layer(attention.qkv),
             out=self._layer(attention.proj),
-            norm2=_norm(block.norm2),
+            norm2=Norm.of(block.norm2),
             mlp_in=self._layer(block.mlp.layers[0]),
             mlp_out=self._layer(block.mlp.layers[1]),
             shortcut=self._layer(block.proj) if block.q_stride else None,
@@ -157,7 +158,3 @@ def _piece(blocks: list[Block]) -> int:
     if any(len(block.windows) > 1 or block.windows[0].count != count for block in blocks):
         return sum(one.count * one.tokens for one in first)
     return tokens * max(1, min(count, _PIECE // tokens))
-
-
-def _norm(layer: Any) -> Norm:
-    return Norm(layer.weight.detach(), layer.bias.detach(), layer.eps)

@@ -8,8 +8,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from segrpc.service.models.sam2.decoder_weights import Norm
 from segrpc.service.models.sam2.encoder_order import Windows
 
 
@@ -62,19 +62,6 @@ class PackedLinear:
         except (AttributeError, RuntimeError):
             return False
         return True
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """A layer norm over the last axis."""
-
-    weight: Tensor
-    bias: Tensor
-    eps: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Apply it."""
-        return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
 @dataclass(frozen=True, slots=True)
