@@ -1,7 +1,6 @@
 """Who calls, what they may do, and that nobody sees what another has: keys and tokens, over real servers."""
 
 import http.server
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from tests.checkpoints import write_checkpoint
 from tests.server_process import ServerProcess, connect, raw
 from tests.tcp_proxy import TcpProxy
 from tests.tokens import AUDIENCE, ISSUER, Issuer, key_set
+from tests.web_server import web_server
 
 CLICK: dict[str, Any] = {"points": [(100, 100)]}
 SAM2, GRABCUT = "sam2", "grabcut"
@@ -350,13 +350,9 @@ def web() -> Iterator[Web]:
         def log_message(self, *args: object) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        thread = threading.Thread(target=running.serve_forever)
-        thread.start()
-        state.url = f"http://127.0.0.1:{running.server_port}/jwks"
+    with web_server(Handler) as host:
+        state.url = f"http://{host}/jwks"
         yield state
-        running.shutdown()
-        thread.join()
 
 
 def with_tokens(jwks: str, *options: str, log: Path) -> ServerProcess:

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import termios
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 from segrpc.service.models.sam2.catalog import VARIANTS
 from tests.checkpoints import write_checkpoint
 from tests.server_process import ServerProcess
+from tests.web_server import web_server
 
 TINY = VARIANTS["sam2.1-hiera-tiny"]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -60,13 +60,9 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
             if with_body:
                 self.wfile.write(state.content)
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        thread = threading.Thread(target=running.serve_forever)
-        thread.start()
-        state.url = f"http://127.0.0.1:{running.server_port}"
+    with web_server(Handler) as host:
+        state.url = f"http://{host}"
         yield state
-        running.shutdown()
-        thread.join()
 
 
 def pull(hub: Hub, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,7 +1,6 @@
 """Images by path and URL, as far as the operator allows."""
 
 import http.server
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from segrpc.v1.segmentation_service_pb2_grpc import SegmentationServiceStub
 from segrpc.v1.types_pb2 import Image, Point, Prompt
 from tests.blackbox.failure import failure_of
 from tests.server_process import ServerProcess, connect
+from tests.web_server import web_server
 
 NOT_ALLOWED = (grpc.StatusCode.PERMISSION_DENIED, "URI_NOT_ALLOWED")
 NOT_FETCHED = (grpc.StatusCode.FAILED_PRECONDITION, "IMAGE_FETCH_FAILED")
@@ -49,12 +49,8 @@ def web(media: Path) -> Iterator[str]:
             else:
                 super().do_GET()
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        thread = threading.Thread(target=running.serve_forever)
-        thread.start()
-        yield f"127.0.0.1:{running.server_port}"
-        running.shutdown()
-        thread.join()
+    with web_server(Handler) as host:
+        yield host
 
 
 @pytest.fixture(scope="module")

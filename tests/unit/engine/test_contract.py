@@ -44,6 +44,12 @@ async def settled(engine: Engine, image: bytes) -> None:
     await engine.encode(encoding(image), CancelToken())
 
 
+async def dropped(engine: Engine, pending: int) -> None:
+    """Return once no more than so many jobs are pending."""
+    while engine.stats().pending > pending:  # noqa: ASYNC110 - an engine tells nobody when it drops a work
+        await asyncio.sleep(0)
+
+
 async def queued(engine: Engine, image: bytes, pending: int) -> None:
     """Return once what was asked before is in the queue of decodes: a work behind it was dropped from there."""
     token = CancelToken()
@@ -52,8 +58,7 @@ async def queued(engine: Engine, image: bytes, pending: int) -> None:
         await asyncio.sleep(0)  # it is sent then
     token.cancel()
     await asyncio.wait({marker})
-    while engine.stats().pending > pending:  # noqa: ASYNC110 - an engine tells nobody when it drops a work
-        await asyncio.sleep(0)
+    await dropped(engine, pending)
 
 
 @pytest.fixture(scope="module")
@@ -166,8 +171,7 @@ async def test_an_encoding_is_dropped_when_nobody_needs_it(start_engine: StartEn
     for task in leaving:
         with pytest.raises(asyncio.CancelledError):
             await task
-    while engine.stats().pending > 1:  # noqa: ASYNC110 - an engine tells nobody when it drops a work
-        await asyncio.sleep(0)
+    await dropped(engine, 1)
     await gate.open()
     await first
     assert (embeds(tmp_path), engine.stats().encodes) == (2, 2)
