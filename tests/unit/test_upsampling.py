@@ -12,7 +12,7 @@ from torch.nn import functional
 from segrpc.service import rle
 from segrpc.service.models.sam2 import masks
 from segrpc.service.rle import runs_of_mask
-from segrpc.service.upsampling import Taps, linear_taps, runs_above_zero, runs_of_rows
+from segrpc.service.upsampling import Taps, linear_taps, runs_above_zero, runs_of_logits
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -115,4 +115,5 @@ def test_the_last_bit_of_a_rounding_is_not_guessed() -> None:
     a, b = np.float32(0.005), np.float32(0.008333333)
     assert a * np.float32(0.625) == b * np.float32(0.375)
     assert float(a) * 0.625 > float(b) * 0.375
-    assert runs_of_rows(np.array([[a], [-b]], np.float32), Taps.of(*linear_taps(2, 8), 2)) is None
+    across, down = Taps.of(*linear_taps(2, 2), 2), Taps.of(*linear_taps(2, 8), 2)
+    assert runs_of_logits(np.array([[a, a], [-b, -b]], np.float32), across, down, lambda rows: rows) is None

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from segrpc.service.rle import Runs, runs_of_mask
-from segrpc.service.upsampling import Taps, runs_of_rows
+from segrpc.service.upsampling import Float32Array, Taps, runs_of_logits
 
 
 def mask_runs(logits: torch.Tensor, height: int, width: int) -> list[Runs]:
@@ -23,10 +23,15 @@ def mask_runs(logits: torch.Tensor, height: int, width: int) -> list[Runs]:
     """
     if logits.device.type != "cpu":
         return _on_device(logits, height, width)
-    # Along the width torch itself interpolates, so that every bit is its own; along the height only the outline is.
-    rows = _upsampled(logits, len(logits[0]), width).numpy()
-    taps = _taps(len(logits[0]), height)
-    found = [runs_of_rows(mask_rows, taps) for mask_rows in rows]
+    size = len(logits[0])
+    across, down = _taps(size, width), _taps(size, height)
+
+    # Where every bit counts, torch itself interpolates along the width.
+    def widen(rows: Float32Array) -> Float32Array:
+        wide: Float32Array = _upsampled(torch.from_numpy(rows)[None], len(rows), width)[0].numpy()
+        return wide
+
+    found = [runs_of_logits(mask, across, down, widen) for mask in logits.numpy()]
     return [
         runs_of_mask((_upsampled(logits[i : i + 1], height, width)[0] > 0.0).numpy()) if runs is None else runs
         for i, runs in enumerate(found)
@@ -38,10 +43,10 @@ def _upsampled(logits: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 @lru_cache(maxsize=64)
-def _taps(size: int, height: int) -> Taps:
+def _taps(size: int, length: int) -> Taps:
     """Ask torch for its weights, to the last bit: what it makes of the rows of an identity matrix."""
-    weights = _upsampled(torch.eye(size)[None], height, size)[0].numpy()
-    rows = np.arange(height)
+    weights = _upsampled(torch.eye(size)[None], length, size)[0].numpy()
+    rows = np.arange(length)
     upper = (weights != 0).argmax(axis=1)
     lower = np.minimum(upper + 1, size - 1)
     below = np.where(lower > upper, weights[rows, lower], np.float32(0))
