@@ -100,7 +100,7 @@ def _serve(args: argparse.Namespace) -> int:
     prefix = "settings."
     given = {name.removeprefix(prefix): value for name, value in vars(args).items() if name.startswith(prefix)}
     settings = Settings.load(args.config, given)
-    configure_logging(settings.log_level.upper())
+    configure_logging(settings.log_level.upper(), settings.log_format)
     asyncio.run(_serve_until_told(settings))
     return 0
 
@@ -114,6 +114,7 @@ async def _serve_until_told(settings: Settings) -> None:
         max_pending=settings.max_pending,
         devices=settings.device_names(),
         log_level=settings.log_level.upper(),
+        log_format=settings.log_format,
     )
     engine = create_engine(settings.engine, options)
     server = Server(settings, engine)

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from segrpc.service.engine.logs import LogFormat
 from segrpc.service.errors import DeadlineError
 from segrpc.service.images.decode import DEFAULT_LIMITS, ImageHeader, ImageLimits
 from segrpc.service.schemas import (
@@ -222,6 +223,7 @@ class EngineOptions:
         devices: Where to run, such as ``cuda:0``; each device gets its own share of the images. Empty: once, on the
             device that the models choose themselves.
         log_level: What worker processes log, as a level of `logging`.
+        log_format: How they log.
     """
 
     models: tuple[ModelDeploymentConfig, ...]
@@ -231,6 +233,7 @@ class EngineOptions:
     max_pending: int = 64
     devices: tuple[str, ...] = ()
     log_level: str = "WARNING"
+    log_format: LogFormat = "text"
 
 
 class Engine(Protocol):

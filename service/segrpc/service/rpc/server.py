@@ -31,6 +31,7 @@ from segrpc.service.rpc.tls import tls_credentials
 from segrpc.service.sessions.current_images import CurrentImages
 from segrpc.service.sessions.store import SessionLimits, SessionStore
 from segrpc.service.settings import Settings
+from segrpc.service.telemetry.request_log import RequestLog
 from segrpc.v1 import model_service_pb2, segmentation_service_pb2
 from segrpc.v1.model_service_pb2_grpc import add_ModelServiceServicer_to_server
 from segrpc.v1.segmentation_service_pb2_grpc import add_SegmentationServiceServicer_to_server
@@ -106,7 +107,7 @@ class Server:
         settings.check_security()
         self._settings = settings
         self._engine = engine
-        self._boundary = Boundary(authenticator(settings))
+        self._boundary = Boundary(authenticator(settings), [RequestLog()])
         self._sessions = SessionStore(
             SessionLimits(
                 max_sessions=settings.max_open_sessions,
