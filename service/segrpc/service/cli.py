@@ -7,6 +7,7 @@ import signal
 import sys
 import tomllib
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,9 @@ async def _serve_until_told(settings: Settings) -> None:
     told = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, told.set)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, lambda: print(json.dumps(server.stats()), flush=True))
+    asyncio.get_running_loop().add_signal_handler(
+        signal.SIGUSR1, lambda: print(json.dumps(asdict(server.stats())), flush=True)
+    )
     names = ", ".join(model.name for model in engine.models)
     print(f"segrpc-server is serving {names} on {address}", flush=True)
     await told.wait()
