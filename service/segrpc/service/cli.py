@@ -7,6 +7,7 @@ import signal
 import sys
 import tomllib
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def _serve(args: argparse.Namespace) -> int:
     prefix = "settings."
     given = {name.removeprefix(prefix): value for name, value in vars(args).items() if name.startswith(prefix)}
     settings = Settings.load(args.config, given)
-    configure_logging(settings.log_level.upper())
+    configure_logging(settings.log_level.upper(), settings.log_format)
     asyncio.run(_serve_until_told(settings))
     return 0
 
@@ -114,6 +115,7 @@ async def _serve_until_told(settings: Settings) -> None:
         max_pending=settings.max_pending,
         devices=settings.device_names(),
         log_level=settings.log_level.upper(),
+        log_format=settings.log_format,
     )
     engine = create_engine(settings.engine, options)
     server = Server(settings, engine)
@@ -121,7 +123,9 @@ async def _serve_until_told(settings: Settings) -> None:
     told = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, told.set)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, lambda: print(json.dumps(server.stats()), flush=True))
+    asyncio.get_running_loop().add_signal_handler(
+        signal.SIGUSR1, lambda: print(json.dumps(asdict(server.stats())), flush=True)
+    )
     names = ", ".join(model.name for model in engine.models)
     print(f"segrpc-server is serving {names} on {address}", flush=True)
     await told.wait()

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, ByteSize, Field, field_validator, model_va
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from segrpc.service.engine.factory import EngineKind
+from segrpc.service.engine.logs import LogFormat
 from segrpc.service.errors import ConfigurationError
 from segrpc.service.images.policy import SourcePolicy
 from segrpc.service.models.sam2.catalog import VARIANTS, name_for_file
@@ -125,6 +126,17 @@ class Settings(BaseSettings):
     reflection: bool = Field(True, description="answer gRPC server reflection")
     drain_seconds: Seconds = Field(30.0, ge=0, description="how long calls in progress may take after SIGTERM")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
+    log_format: LogFormat = Field("text", description="text, or json: an object in each line")
+    metrics_listen: str = Field(
+        "", description="address to answer Prometheus on, HOST:PORT, or PORT on 127.0.0.1; default: none"
+    )
+
+    @field_validator("metrics_listen")
+    @classmethod
+    def _check_metrics_listen(cls, listen: str) -> str:
+        if not listen:
+            return listen
+        return cls._check_listen(listen if ":" in listen else f"127.0.0.1:{listen}")
 
     @field_validator("listen")
     @classmethod

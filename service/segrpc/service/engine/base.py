@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from segrpc.service.engine.logs import LogFormat
 from segrpc.service.errors import DeadlineError
 from segrpc.service.images.decode import DEFAULT_LIMITS, ImageHeader, ImageLimits
 from segrpc.service.schemas import (
@@ -81,6 +82,7 @@ class StageTimes:
         postprocess: From logits to masks.
         embedding_cached: Whether the embedding was at hand, from the cache or from the request. False for a job that
             waited for somebody else to encode its image; its ``encode_image`` is 0 all the same.
+        batch: How many jobs were decoded together, this one included, and so share ``decode_mask``; 0 if none was.
     """
 
     queue: float = 0.0
@@ -89,9 +91,10 @@ class StageTimes:
     decode_mask: float = 0.0
     postprocess: float = 0.0
     embedding_cached: bool = False
+    batch: int = 0
 
     def add(self, other: "StageTimes") -> None:
-        """Add the times of another part of the same job; ``embedding_cached`` stays."""
+        """Add the times of another part of the same job; ``embedding_cached`` and ``batch`` stay."""
         self.queue += other.queue
         self.decode_image += other.decode_image
         self.encode_image += other.encode_image
@@ -195,6 +198,11 @@ class EngineStats:
         host_embeddings: Embeddings that were moved from the devices to the host's memory.
         host_bytes: Their size in bytes.
         encodes: Images encoded since the start.
+        encoding: Works that run or wait in the lanes that encode; models without embeddings do all their work there.
+        decoding: Works that run or wait in the lanes that decode.
+        cache_hits: Jobs since the start whose embedding was in the cache.
+        cache_misses: Jobs since the start whose embedding had to be made, by them or by another for the same image.
+        device_memory: The memory that workers hold on devices that have their own: names such as ``cuda:0``, and bytes.
         worker_restarts: How often a worker process was started again.
         worker_pids: The worker processes that are running; empty if the models run in this process.
     """
@@ -205,6 +213,11 @@ class EngineStats:
     host_embeddings: int = 0
     host_bytes: int = 0
     encodes: int = 0
+    encoding: int = 0
+    decoding: int = 0
+    cache_hits: int = 0
+    cache_misses: int = 0
+    device_memory: tuple[tuple[str, int], ...] = ()
     worker_restarts: int = 0
     worker_pids: tuple[int, ...] = ()
 
@@ -222,6 +235,7 @@ class EngineOptions:
         devices: Where to run, such as ``cuda:0``; each device gets its own share of the images. Empty: once, on the
             device that the models choose themselves.
         log_level: What worker processes log, as a level of `logging`.
+        log_format: How they log.
     """
 
     models: tuple[ModelDeploymentConfig, ...]
@@ -231,6 +245,7 @@ class EngineOptions:
     max_pending: int = 64
     devices: tuple[str, ...] = ()
     log_level: str = "WARNING"
+    log_format: LogFormat = "text"
 
 
 class Engine(Protocol):

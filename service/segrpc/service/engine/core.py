@@ -6,7 +6,7 @@ A core is used by two threads: one encodes (`Core.encode`), the other decodes (`
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 from segrpc.service.engine.base import CancelToken, EngineOptions, SegmentResult, ServedModel, StageTimes
@@ -39,6 +39,8 @@ Stage = Literal["decode_image", "encode_image", "decode_mask", "postprocess"]
 
 T = TypeVar("T")
 
+LOOK_SECONDS = 1.0  # between two looks at the memory of devices, which cost more than the rest of an answer
+
 
 @dataclass(slots=True)
 class _Prepared:
@@ -64,6 +66,8 @@ class Core:
         self._limits: ImageLimits = options.limits
         self._models = {config.name: _create(config, device) for config in options.models}
         self._cache = EmbeddingCache(options.cache_bytes, options.host_cache_bytes)
+        self._memory: tuple[tuple[str, int], ...] = ()
+        self._next_look = 0.0
 
     def load(self) -> tuple[ServedModel, ...]:
         """Load the models, one after the other.
@@ -91,8 +95,17 @@ class Core:
         return any(isinstance(model, PromptableModel) and model.batches for model in self._models.values())
 
     def holdings(self) -> Holdings:
-        """Report what the cache holds."""
-        return self._cache.holdings()
+        """Report what the cache holds, and what is taken of devices that have memory of their own."""
+        return replace(self._cache.holdings(), device_memory=self._device_memory())
+
+    def _device_memory(self) -> tuple[tuple[str, int], ...]:
+        now = time.monotonic()
+        if now >= self._next_look:
+            self._next_look = now + LOOK_SECONDS
+            found = [(model.metadata.device, model.device_memory()) for model in self._models.values()]
+            # Models on one device share the process's memory there.
+            self._memory = tuple({device: nbytes for device, nbytes in found if nbytes is not None}.items())
+        return self._memory
 
     def release(self, model: str, digest: str) -> None:
         """Let an embedding go that an `EncodeWork` had kept."""
@@ -209,6 +222,7 @@ class Core:
         rest = iter(decoded)
         for one in group:
             one.times.decode_mask += spent
+            one.times.batch = len(group)
             own = [next(rest) for _ in one.requests]
             try:
                 one.ticket.settle(self._finish(one, own))

@@ -17,6 +17,7 @@ from segrpc.service.engine.base import (
     ServedModel,
     StageTimes,
 )
+from segrpc.service.engine.counted import CountedBackend
 from segrpc.service.engine.sharing import Backend, SharedEncode, SharedEncodes
 from segrpc.service.engine.waiting import until
 from segrpc.service.engine.warm_up import warm_up
@@ -61,7 +62,8 @@ class Dispatcher:
         self, options: EngineOptions, backends: Sequence[Backend], changed: asyncio.Event | None = None
     ) -> None:
         self._options = options
-        self._backends = tuple(backends)
+        self._backends = tuple(map(CountedBackend, backends))
+        self._cache_hits = self._cache_misses = 0
         self._changed = changed or asyncio.Event()
         self._models: dict[str, ServedModel] = {}
         self._encodes = SharedEncodes()
@@ -114,6 +116,11 @@ class Dispatcher:
             host_embeddings=sum(one.host_embeddings for one in held),
             host_bytes=sum(one.host_bytes for one in held),
             encodes=self._encodes.count,
+            encoding=sum(backend.encoding for backend in self._backends),
+            decoding=sum(backend.decoding for backend in self._backends),
+            cache_hits=self._cache_hits,
+            cache_misses=self._cache_misses,
+            device_memory=tuple(pair for one in held for pair in one.device_memory),
             worker_restarts=sum(backend.restarts for backend in self._backends),
             worker_pids=tuple(backend.pid for backend in self._backends if backend.pid is not None),
         )
@@ -141,7 +148,7 @@ class Dispatcher:
             raise ModelNotFoundError(f"model {name!r} is not served; served are: {', '.join(self._models)}")
         return served
 
-    def _backend(self, digest: str) -> Backend:
+    def _backend(self, digest: str) -> CountedBackend:
         return self._backends[zlib.crc32(digest.encode()) % len(self._backends)]
 
     async def _admit(self, job: Callable[[], Coroutine[Any, Any, R]], token: CancelToken) -> R:
@@ -212,7 +219,9 @@ class Dispatcher:
             result = await backend.run(work, token)
         except EmbeddingMissing:
             times.queue += time.perf_counter() - start
+            self._cache_misses += 1
         else:
+            self._cache_hits += not (isinstance(work, DecodeWork) and work.brings_embedding)
             result.times.add(times)
             result.times.embedding_cached = True
             return result

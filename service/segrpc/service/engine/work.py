@@ -114,6 +114,7 @@ class Holdings:
     cached_bytes: int = 0
     host_embeddings: int = 0
     host_bytes: int = 0
+    device_memory: tuple[tuple[str, int], ...] = ()
 
 
 Work: TypeAlias = DecodeWork | TouchWork | EncodeWork | PredictWork

@@ -92,7 +92,7 @@ def main(arguments: Sequence[str]) -> int:
     start = quick.receive()
     if not isinstance(start, Start):
         raise TypeError(f"the first message is a {type(start).__name__}")
-    configure_logging(start.options.log_level)
+    configure_logging(start.options.log_level, start.options.log_format)
     try:
         core = LocalCore(start.options, start.device)
         models = core.start()

@@ -70,6 +70,10 @@ class InferenceModel(ABC):
     def unload(self) -> None:  # noqa: B027 - most models have nothing to free
         """Free what `load_model` took. It is not used again afterwards."""
 
+    def device_memory(self) -> int | None:
+        """Return the bytes that this process holds of the memory of the model's device; None if that is the host's."""
+        return None
+
 
 class SegmentationModel(InferenceModel):
     """A model that segments images. To be served, a subclass needs no more than `load_model` and `predict`.

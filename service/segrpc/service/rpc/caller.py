@@ -1,25 +1,32 @@
 """Who makes a call: what gRPC's context tells of it, and what handlers are told."""
 
+from collections.abc import Callable
 from typing import Any
 
 from segrpc.service.identity.principal import Principal
+from segrpc.service.telemetry.call import Call
 
 AUTHORIZATION = "authorization"
+TRACE_PARENT = "traceparent"
 COMMON_NAME = "x509_common_name"
 ALTERNATIVE_NAME = "x509_subject_alternative_name"
 
 
 class CallContext:
-    """gRPC's context of a call, and its principal.
+    """gRPC's context of a call, its principal, and what observers are told of it.
 
     Args:
         context: gRPC's context.
         principal: Who calls.
+        call: What is known of the call; handlers add to it.
+        serialise: Turns a response into bytes.
     """
 
-    def __init__(self, context: Any, principal: Principal) -> None:
+    def __init__(self, context: Any, principal: Principal, call: Call, serialise: Callable[[Any], bytes]) -> None:
         self._context = context
+        self._serialise = serialise
         self.principal = principal
+        self.call = call
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
@@ -31,6 +38,16 @@ class CallContext:
         Names that strangers choose may collide, connections never do.
         """
         return self.principal.name or str(self._context.peer())
+
+    def serialised(self, response: Any) -> bytes:
+        """Turn a response that is about to be sent into bytes, and count them."""
+        data = self._serialise(response)
+        self.call.sent_bytes += len(data)
+        return data
+
+    async def write(self, response: Any) -> None:
+        """Send a response of a stream."""
+        await self._context.write(self.serialised(response))
 
 
 def credentials_of(context: Any) -> tuple[list[str], str | None]:
@@ -44,3 +61,8 @@ def credentials_of(context: Any) -> tuple[list[str], str | None]:
     # A certificate without a common name has an empty one.
     names = [name for kind in (COMMON_NAME, ALTERNATIVE_NAME) for name in told.get(kind, ()) if name]
     return authorization, names[0].decode("utf-8", "replace") if names else None
+
+
+def trace_parent_of(context: Any) -> str:
+    """Return a call's ``traceparent``, as it came; empty without one."""
+    return next((str(value) for key, value in context.invocation_metadata() or () if key == TRACE_PARENT), "")

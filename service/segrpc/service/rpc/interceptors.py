@@ -1,11 +1,10 @@
-"""The boundary of every call: who calls, parsing, errors to statuses, request ids, one line of log, draining."""
+"""The boundary of every call: who calls, parsing, errors to statuses, request ids, telling observers, draining."""
 
 import asyncio
 import inspect
 import logging
-import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias, TypeVar
 
@@ -15,9 +14,10 @@ from google.rpc import status_pb2
 
 from segrpc.service.errors import DrainingError, MalformedMessageError, SegrpcError
 from segrpc.service.identity.authenticator import Authenticator
-from segrpc.service.identity.principal import ANONYMOUS
-from segrpc.service.rpc.caller import CallContext, credentials_of
+from segrpc.service.identity.principal import ANONYMOUS, Principal
+from segrpc.service.rpc.caller import CallContext, credentials_of, trace_parent_of
 from segrpc.service.rpc.status import CHALLENGE_KEY, DETAILS_KEY, challenge_of, internal_status, status_of
+from segrpc.service.telemetry.call import Call, Observer
 
 log = logging.getLogger("segrpc.rpc")
 
@@ -41,13 +41,15 @@ class Boundary(grpc.aio.ServerInterceptor):
 
     Args:
         authenticator: Finds out who calls.
+        observers: Are told of every call.
 
     Attributes:
         draining: Set by `drain`; long calls look at it.
     """
 
-    def __init__(self, authenticator: Authenticator) -> None:
+    def __init__(self, authenticator: Authenticator, observers: Sequence[Observer] = ()) -> None:
         self._authenticator = authenticator
+        self._observers = tuple(observers)
         self._active = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -85,61 +87,67 @@ class Boundary(grpc.aio.ServerInterceptor):
         if handler is None:
             return None
         method = handler_call_details.method
-        parse = handler.request_deserializer
+        parse, serialise = handler.request_deserializer, handler.response_serializer
         if handler.unary_unary:
-            wrapped = self._unary_unary(method, parse, handler.unary_unary, handler.response_serializer)
+            wrapped = self._unary_unary(method, parse, handler.unary_unary, serialise)
             return handler._replace(request_deserializer=None, response_serializer=None, unary_unary=wrapped)  # type: ignore[attr-defined,no-any-return]
         if handler.stream_unary:
-            wrapped = self._stream_unary(method, parse, handler.stream_unary)
-            return handler._replace(request_deserializer=None, stream_unary=wrapped)  # type: ignore[attr-defined,no-any-return]
+            wrapped = self._stream_unary(method, parse, handler.stream_unary, serialise)
+            return handler._replace(request_deserializer=None, response_serializer=None, stream_unary=wrapped)  # type: ignore[attr-defined,no-any-return]
         if handler.unary_stream:
-            wrapped = self._to_stream(method, lambda raw, _: _parser(method, parse)(raw), handler.unary_stream)
-            return handler._replace(request_deserializer=None, unary_stream=wrapped)  # type: ignore[attr-defined,no-any-return]
-        wrapped = self._to_stream(method, _stream_parser(method, parse), handler.stream_stream)
-        return handler._replace(request_deserializer=None, stream_stream=wrapped)  # type: ignore[attr-defined,no-any-return]
+            wrapped = self._to_stream(method, _one_parser(method, parse), handler.unary_stream, serialise)
+            return handler._replace(request_deserializer=None, response_serializer=None, unary_stream=wrapped)  # type: ignore[attr-defined,no-any-return]
+        wrapped = self._to_stream(method, _stream_parser(method, parse), handler.stream_stream, serialise)
+        return handler._replace(request_deserializer=None, response_serializer=None, stream_stream=wrapped)  # type: ignore[attr-defined,no-any-return]
 
     def _unary_unary(self, method: str, parse: Any, behaviour: Any, serialise: Any) -> Any:
         async def answer(raw: bytes, context: Any) -> bytes:
-            async with self._call(method, context) as call:
+            async with self._call(method, context, serialise) as call:
+                call.record.received_bytes = len(raw)
                 request = await _sized(len(raw), _parser(method, parse), raw)
                 call.adopt(request)
                 response = await behaviour(request, call.context)
-                if isinstance(response, bytes):
-                    return response  # the handler serialised it, because it is large
-                data: bytes = await _sized(response.ByteSize(), serialise, response)
+                if isinstance(response, bytes):  # the handler serialised it, because it is large
+                    data = response
+                else:
+                    data = await _sized(response.ByteSize(), serialise, response)
+                call.record.sent_bytes = len(data)
                 return data
 
         return answer
 
-    def _stream_unary(self, method: str, parse: Any, behaviour: Any) -> Any:
-        async def answer(raw: AsyncIterator[bytes], context: Any) -> Any:
-            async with self._call(method, context) as call:
-                return await behaviour(_stream_parser(method, parse)(raw, call), call.context)
+    def _stream_unary(self, method: str, parse: Any, behaviour: Any, serialise: Any) -> Any:
+        async def answer(raw: AsyncIterator[bytes], context: Any) -> bytes:
+            async with self._call(method, context, serialise) as call:
+                response = await behaviour(_stream_parser(method, parse)(raw, call), call.context)
+                return call.context.serialised(response)
 
         return answer
 
-    def _to_stream(self, method: str, parse: Callable[[Any, "_Call"], Any], behaviour: Any) -> Any:
+    def _to_stream(self, method: str, parse: Callable[[Any, "_Call"], Any], behaviour: Any, serialise: Any) -> Any:
         """Wrap a handler that answers with a stream: an async generator, or a coroutine that writes."""
         if inspect.isasyncgenfunction(behaviour):
 
-            async def generate(raw: Any, context: Any) -> AsyncIterator[Any]:
-                async with self._call(method, context) as call:
+            async def generate(raw: Any, context: Any) -> AsyncIterator[bytes]:
+                async with self._call(method, context, serialise) as call:
                     async for response in behaviour(parse(raw, call), call.context):
-                        yield response
+                        yield call.context.serialised(response)
 
             return generate
 
         async def answer(raw: Any, context: Any) -> Any:
-            async with self._call(method, context) as call:
+            async with self._call(method, context, serialise) as call:
                 return await behaviour(parse(raw, call), call.context)
 
         return answer
 
     @asynccontextmanager
-    async def _call(self, method: str, context: Any) -> AsyncIterator["_Call"]:
-        """Find out who calls, turn what is raised inside into a status, count the call and log it."""
-        call, start, outcome = _Call(context), time.perf_counter(), "CANCELLED"
+    async def _call(self, method: str, context: Any, serialise: Any) -> AsyncIterator["_Call"]:
+        """Find out who calls, turn what is raised inside into a status, count the call and tell the observers."""
         own = method.startswith(_OWN_SERVICES)
+        record = Call(method, own, self._observers, trace_parent_of(context))
+        call = _Call(CallContext(context, ANONYMOUS, record, serialise))
+        record.begin()
         try:
             if own:
                 self._begin()
@@ -147,30 +155,31 @@ class Boundary(grpc.aio.ServerInterceptor):
                 call.principal = await self._authenticator.authenticate(*credentials_of(context))
             if own:
                 call.principal.check_method(method.rpartition("/")[2])
-                call.context = CallContext(context, call.principal)
             yield call
-            outcome = "OK"
+            record.status = "OK"
         except grpc.aio.AbortError:
-            outcome = "ABORTED BY HANDLER"
+            record.status, record.error = "UNKNOWN", "aborted by its handler"
             raise
         except SegrpcError as error:
-            status = status_of(error, call.request_id)
-            outcome = f"{_CODES[status.code].name} {error.reason} {error.message}"
+            status = status_of(error, record.request_id)
+            record.status, record.reason, record.error = _CODES[status.code].name, error.reason, error.message
             await _abort(context, status, challenge_of(error))
         except grpc.aio.InternalError:
             # What grpc tells a writer whose client left. Nobody will see the status.
             await context.abort(grpc.StatusCode.CANCELLED, "the client left")
         except Exception:
-            error_id = call.request_id or uuid.uuid4().hex
-            outcome = "INTERNAL"
+            error_id = record.request_id or uuid.uuid4().hex
+            record.status = record.reason = "INTERNAL"
+            record.error = f"a bug; its traceback has the id {error_id}"
             log.exception("bug in %s, error id %s", method, error_id)
             await _abort(context, internal_status(error_id))
         finally:
             if own:
                 self._end()
-                milliseconds = (time.perf_counter() - start) * 1e3
-                who, what = call.principal.name or "-", call.request_id or "-"
-                log.info("%s principal=%r request_id=%s %.1f ms %s", method, who, what, milliseconds, outcome)
+            # A stream whose time is over looks like one that was half-closed.
+            if record.status in ("CANCELLED", "OK") and context.time_remaining() == 0:
+                record.status = "DEADLINE_EXCEEDED"
+            record.end()
 
     def _begin(self) -> None:
         self._active += 1
@@ -187,16 +196,23 @@ class Boundary(grpc.aio.ServerInterceptor):
 class _Call:
     """What the boundary learns of a call.
 
-    Attributes:
+    Args:
         context: What the handler gets as its context.
-        principal: Who calls, once that is known.
-        request_id: The request's id, once its message is known.
     """
 
-    def __init__(self, context: Any) -> None:
+    def __init__(self, context: CallContext) -> None:
         self.context = context
-        self.principal = ANONYMOUS
-        self.request_id = ""
+        self.record = context.call
+
+    @property
+    def principal(self) -> Principal:
+        """Who calls; anonymous until that is known."""
+        return self.context.principal
+
+    @principal.setter
+    def principal(self, principal: Principal) -> None:
+        self.context.principal = principal
+        self.record.principal = principal.name
 
     def adopt(self, request: Any) -> None:
         """Take the message's own id, or invent one and put it into the message. A stream's is in its config."""
@@ -204,7 +220,7 @@ class _Call:
             request = request.config
         if "request_id" in request.DESCRIPTOR.fields_by_name:
             request.request_id = request.request_id or uuid.uuid4().hex
-            self.request_id = request.request_id[:128]
+            self.record.request_id = request.request_id[:128]
 
 
 def _parser(method: str, parse: Any) -> Callable[[bytes], Any]:
@@ -217,13 +233,22 @@ def _parser(method: str, parse: Any) -> Callable[[bytes], Any]:
     return parsed
 
 
+def _one_parser(method: str, parse: Any) -> Callable[[bytes, _Call], Any]:
+    def parsed(raw: bytes, call: _Call) -> Any:
+        call.record.received_bytes = len(raw)
+        return _parser(method, parse)(raw)
+
+    return parsed
+
+
 def _stream_parser(method: str, parse: Any) -> Callable[[AsyncIterator[bytes], _Call], AsyncIterator[Any]]:
     parse_one = _parser(method, parse)
 
     async def parsed(raw: AsyncIterator[bytes], call: _Call) -> AsyncIterator[Any]:
         async for message in raw:
+            call.record.received_bytes += len(message)
             request = parse_one(message)
-            if not call.request_id:
+            if not call.record.request_id:
                 call.adopt(request)
             yield request
 

@@ -76,7 +76,7 @@ class RefineStream:
         clean = False
         try:
             await self._serve(config, attachment)
-            clean = self._finished  # and all that was sent before it is answered
+            self._context.call.finished = clean = self._finished  # and all that was sent before it is answered
         finally:
             if clean:
                 self._services.sessions.close(attachment)
@@ -110,6 +110,7 @@ class RefineStream:
         if source == "resume":
             return self._resume(config)
         model = convert.find_model(self._services.engine.models, self._context.principal, config.model, "config.model")
+        self._context.call.model = model.name
         options = refine_convert.refine_options(config, model.name, model.metadata)
         convert.tensor_dtype(config.output.tensor_dtype, "config.output.tensor_dtype")
         if source == "image":
@@ -134,7 +135,7 @@ class RefineStream:
         resume, sessions = config.resume, self._services.sessions
         # Whoever asks wrongly takes nothing away from the stream that has the session.
         session = sessions.find(self._owner, resume.session_id, resume.resume_token)
-        model = session.scene.model
+        self._context.call.model = model = session.scene.model
         self._context.principal.check_model(model)  # which may have changed since it was opened
         if config.model not in ("", model):
             raise InvalidFieldError.of("config.model", f"is {config.model!r}; the session works with {model!r}")
@@ -221,6 +222,7 @@ class RefineStream:
         """Take a message; return whether it is the last."""
         match request.WhichOneof("payload"):
             case "edit":
+                self._context.call.edits += 1
                 if request.seq < 1:
                     raise InvalidFieldError.of("seq", "is required for edits: 1 or more, rising from edit to edit")
                 rejection = session.receive(refine_convert.edit(request))
@@ -280,9 +282,11 @@ class RefineStream:
         job = SegmentJob(session.scene.model, session.image.key, plan.input, header=session.image.header)
         tries = 0
         while not plan.cancelled:
-            self._token, tries = CancelToken(), tries + 1
+            self._token, tries, asked = CancelToken(), tries + 1, time.perf_counter()
             try:
-                return await self._services.engine.segment(job, self._token)
+                result = await self._services.engine.segment(job, self._token)
+                self._context.call.computed("round", job.model, result.times, asked)
+                return result
             except (OverloadedError, WorkerUnavailableError) as error:
                 if tries >= (QUEUE_TRIES if isinstance(error, OverloadedError) else WORKER_TRIES):
                     raise
@@ -316,7 +320,9 @@ class RefineStream:
         """Encode the image ahead of the first edit. If that fails, the first edit tells."""
         job = EncodeJob(session.scene.model, session.image.key, session.image.data)
         with contextlib.suppress(SegrpcError):
-            await self._services.engine.encode(job, CancelToken())
+            asked = time.perf_counter()
+            result = await self._services.engine.encode(job, CancelToken())
+            self._context.call.computed("warm_up", job.model, result.times, asked)
 
 
 async def _cancel(tasks: list[asyncio.Future[Any]]) -> None:

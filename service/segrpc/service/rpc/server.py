@@ -4,9 +4,8 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -31,6 +30,8 @@ from segrpc.service.rpc.tls import tls_credentials
 from segrpc.service.sessions.current_images import CurrentImages
 from segrpc.service.sessions.store import SessionLimits, SessionStore
 from segrpc.service.settings import Settings
+from segrpc.service.telemetry.statistics import Statistics
+from segrpc.service.telemetry.telemetry import Telemetry, TelemetryOptions
 from segrpc.v1 import model_service_pb2, segmentation_service_pb2
 from segrpc.v1.model_service_pb2_grpc import add_ModelServiceServicer_to_server
 from segrpc.v1.segmentation_service_pb2_grpc import add_SegmentationServiceServicer_to_server
@@ -106,7 +107,8 @@ class Server:
         settings.check_security()
         self._settings = settings
         self._engine = engine
-        self._boundary = Boundary(authenticator(settings))
+        self._telemetry = Telemetry(TelemetryOptions(settings.metrics_listen), self.stats)
+        self._boundary = Boundary(authenticator(settings), self._telemetry.observers)
         self._sessions = SessionStore(
             SessionLimits(
                 max_sessions=settings.max_open_sessions,
@@ -115,6 +117,7 @@ class Server:
                 detached_seconds=settings.session_detached_seconds,
             )
         )
+        self._store = ImageStore(settings.image_store_bytes)
         self._health = health.aio.HealthServicer()
         self._services = self._make_services()
         self._follower: asyncio.Task[None] | None = None
@@ -136,6 +139,7 @@ class Server:
             port = self._open_port(self._server, self._settings.listen)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {self._settings.listen}: is the address right, and free?") from error
+        await self._telemetry.start()
         await self._set_serving(False, "", *SERVICES)
         await self._engine.start()
         try:
@@ -242,7 +246,7 @@ class Server:
         )
         return Services(
             engine=self._engine,
-            images=ImageLibrary(ImageStore(settings.image_store_bytes), policy, image_limits(settings)),
+            images=ImageLibrary(self._store, policy, image_limits(settings)),
             current_images=CurrentImages(settings.max_sessions, settings.session_idle_seconds),
             sessions=self._sessions,
             limits=limits,
@@ -257,16 +261,18 @@ class Server:
             await asyncio.sleep(min(1.0, shortest / 4))
             self._sessions.expire()
 
-    def stats(self) -> dict[str, Any]:
-        """Report what is held at the moment: numbers by name."""
-        return {
-            "calls": self._boundary.active,
-            "sessions": len(self._sessions),
-            "attached_sessions": self._sessions.attached,
-            "session_bytes": self._sessions.nbytes,
-            "tasks": len(asyncio.all_tasks()),
-            "engine": asdict(self._engine.stats()),
-        }
+    def stats(self) -> Statistics:
+        """Report what is held at the moment."""
+        return Statistics(
+            calls=self._boundary.active,
+            sessions=len(self._sessions),
+            attached_sessions=self._sessions.attached,
+            session_bytes=self._sessions.nbytes,
+            images=len(self._store),
+            image_bytes=self._store.nbytes,
+            tasks=len(asyncio.all_tasks()),
+            engine=self._engine.stats(),
+        )
 
     async def stop(self) -> None:
         """Tell health checkers, finish the calls in progress, close the port and unload the models."""
@@ -281,6 +287,7 @@ class Server:
             task.cancel()
         await self._server.stop(CLOSE_SECONDS)
         await self._engine.stop()
+        await self._telemetry.stop()
 
 
 def _add_reflection(server: grpc.aio.Server) -> None:

@@ -46,6 +46,7 @@ class SegmentationServicer(SegmentationServiceServicer):
         """Segment objects in one image."""
         start, token = time.perf_counter(), CancelToken(context.time_remaining())
         model = convert.find_model(self._engine.models, context.principal, request.model, "model")
+        context.call.model = model.name
         for field in ("request_id", "session_id"):
             convert.check_name(field, getattr(request, field))
         convert.check_prompt_limits(request, self._limits.max_prompts, self._limits.max_points)
@@ -53,9 +54,11 @@ class SegmentationServicer(SegmentationServiceServicer):
         image = await self._session_image(request, context)
         try:
             given = await asyncio.to_thread(convert.segmentation_input, request, image.data)
+            asked = time.perf_counter()
             result = await self._engine.segment(SegmentJob(model.name, image.key, given, dtype, image.header), token)
         except SegrpcError as error:
             raise convert.in_request_terms(error) from error.__cause__
+        context.call.computed("segment", model.name, result.times, asked)
         return await asyncio.to_thread(
             convert.segment_response,
             request.request_id,
@@ -72,13 +75,16 @@ class SegmentationServicer(SegmentationServiceServicer):
         """Compute the embedding of an image ahead of the first click."""
         start, token = time.perf_counter(), CancelToken(context.time_remaining())
         model = convert.find_model(self._engine.models, context.principal, request.model, "model")
+        context.call.model = model.name
         convert.check_name("request_id", request.request_id)
         dtype = convert.tensor_dtype(request.tensor_dtype, "tensor_dtype")
         image = await find_image(self._images, context.principal.name, request.image, "image")
         if not model.metadata.embeddings:
             raise CapabilityMissingError(f"model {model.name!r} has no embeddings")
         job = EncodeJob(model.name, image.key, image.data, request.return_image_embedding, dtype)
+        asked = time.perf_counter()
         result = await self._engine.encode(job, token)
+        context.call.computed("encode", model.name, result.times, asked)
         return await asyncio.to_thread(
             convert.encode_image_response,
             request.request_id,
@@ -159,6 +165,7 @@ class ModelServicer(ModelServiceServicer):
     ) -> model_service_pb2.GetModelResponse:
         """Describe one model."""
         name = convert.find_model(self._engine.models, context.principal, request.name, "name").name
+        context.call.model = name
         return model_service_pb2.GetModelResponse(model=next(m for m in self._models(context) if m.name == name))
 
     def _models(self, context: Context) -> list[model_service_pb2.Model]:

@@ -211,6 +211,10 @@ class Sam2(PromptableModel):
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def device_memory(self) -> int | None:
+        """Return what torch has reserved of the GPU, in bytes."""
+        return int(torch.cuda.memory_reserved(self._device)) if self._device.type == "cuda" else None
+
     def embed(self, image: RGBImage) -> Embedding:
         """Encode an image ``[height, width, 3]``; see ``SAM2ImagePredictor.set_image``."""
         with self._computing(self._encode_stream):

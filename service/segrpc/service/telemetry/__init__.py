@@ -1,0 +1,1 @@
+"""What is told of calls and of the server: the log, metrics, traces."""
