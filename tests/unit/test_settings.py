@@ -83,6 +83,7 @@ def test_every_option_can_be_given_by_each_source(tmp_path: Path, monkeypatch: p
         "models": [{"name": "m"}],
         "media_root": ["/m"],
         "allowed_host": ["h.example"],
+        "principal_share": "0.25",
     }
     for name, field in Settings.model_fields.items():
         default = field.default
@@ -150,6 +151,8 @@ BAD: dict[str, list[Any]] = {
     "log_level": ["INFO"],
     "reflection": ["maybe"],
     "threads": [-1],
+    "max_streams": [0],
+    "principal_share": [0, 1.5, "nan"],
     "jwt_jwks": ["http://example.org/jwks", "http://127.0.0.1.example.org/", "ftp://127.0.0.1/", "https://"],
     "jwt_refresh_seconds": [0, "inf"],
 }

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import BeforeValidator, ByteSize, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from segrpc.service.admission.limits import Limits
 from segrpc.service.engine.factory import EngineKind
 from segrpc.service.engine.logs import LogFormat
 from segrpc.service.errors import ConfigurationError
@@ -85,6 +86,21 @@ class Settings(BaseSettings):
     max_chunk_bytes: ByteSize = Field(ByteSize(1 * MiB), gt=0, description="largest chunk of an upload")
     max_message_bytes: ByteSize = Field(ByteSize(32 * MiB), gt=0, description="largest message that is received")
     max_pending: int = Field(64, gt=0, description="jobs that may run or wait; more are refused")
+    max_requests: int = Field(1024, gt=0, description="calls that are answered at once, beside streams")
+    max_streams: int = Field(1024, gt=0, description="streams of Refine at once")
+    max_streams_per_connection: int = Field(
+        1024, gt=0, description="calls and streams on one connection at once; a client waits with more"
+    )
+    in_flight_bytes: ByteSize = Field(
+        ByteSize(1 * GiB), gt=0, description="memory for messages that are being answered, and announced uploads"
+    )
+    principal_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="the part that one principal may have of max_requests, max_streams, max_open_sessions, "
+        "session_bytes, image_store_bytes and in_flight_bytes, where callers are identified",
+    )
     image_store_bytes: ByteSize = Field(ByteSize(1 * GiB), gt=0, description="memory for images known by digest")
     embedding_cache_bytes: ByteSize = Field(
         ByteSize(2 * GiB), gt=0, description="memory for embeddings on each device; the one used last is always kept"
@@ -211,6 +227,10 @@ class Settings(BaseSettings):
                 f"{self.listen} can be reached from other machines, but there is no {' and no '.join(missing)}; "
                 "set them, listen on 127.0.0.1, or give --insecure to let anybody in"
             )
+
+    def limits(self) -> Limits:
+        """Return how much may be taken, by all and by one."""
+        return Limits(**{name: getattr(self, name) for name in Limits.model_fields if name in type(self).model_fields})
 
     def device_names(self) -> tuple[str, ...]:
         """Return the names of `devices`; empty if the models choose where to run."""

@@ -1,7 +1,10 @@
 from pathlib import Path
 
 import pytest
+from pydantic import ByteSize
 
+from segrpc.service.admission.ledger import Ledger
+from segrpc.service.admission.limits import Limits
 from segrpc.service.errors import (
     ImageNotFoundError,
     ImageTooLargeError,
@@ -81,7 +84,9 @@ def test_limits_hold_for_every_source(store: ImageStore, tmp_path: Path, limits:
 
 
 def test_an_image_that_does_not_fit_the_store_can_be_used_but_not_found_again() -> None:
-    library = ImageLibrary(ImageStore(max_bytes=len(PNG) - 1), SourcePolicy(), ImageLimits())
+    library = ImageLibrary(
+        ImageStore(Ledger(Limits(image_store_bytes=ByteSize(len(PNG) - 1)))), SourcePolicy(), ImageLimits()
+    )
     image = library.from_data(ME, PNG)
     assert image.data == PNG
     with pytest.raises(ImageNotFoundError, match=image.digest):

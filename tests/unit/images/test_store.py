@@ -1,13 +1,21 @@
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from typing import Any
 
 import pytest
+from pydantic import ByteSize
 
+from segrpc.service.admission.ledger import Ledger
+from segrpc.service.admission.limits import Limits
 from segrpc.service.errors import ImageNotFoundError, InvalidFieldError
 from segrpc.service.images.decode import digest_of
 from segrpc.service.images.store import ImageStore
 
-ME, YOU = "me", "you"
+ME, YOU, THEM = "me", "you", "them"
+
+
+def store_of(nbytes: int, **limits: Any) -> ImageStore:
+    return ImageStore(Ledger(Limits(image_store_bytes=ByteSize(nbytes), principal_share=1, **limits)))
 
 
 def test_files_are_found_by_digest() -> None:
@@ -21,7 +29,7 @@ def test_files_are_found_by_digest() -> None:
 
 
 def test_the_file_that_was_not_used_for_longest_goes_first() -> None:
-    store = ImageStore(max_bytes=10)
+    store = store_of(10)
     first, second, third = store.put(ME, b"aaaa"), store.put(ME, b"bbbb"), digest_of(b"cccc")
     store.get(ME, first)
     assert store.put(ME, b"cccc") == third
@@ -33,7 +41,7 @@ def test_the_file_that_was_not_used_for_longest_goes_first() -> None:
 
 
 def test_one_large_file_may_push_out_several() -> None:
-    store = ImageStore(max_bytes=10)
+    store = store_of(10)
     for data in (b"aaaa", b"bb", b"cc"):
         store.put(ME, data)
     store.put(ME, b"d" * 9)
@@ -41,7 +49,7 @@ def test_one_large_file_may_push_out_several() -> None:
 
 
 def test_a_file_above_the_budget_is_not_kept_and_pushes_nothing_out() -> None:
-    store = ImageStore(max_bytes=10)
+    store = store_of(10)
     kept = store.put(ME, b"a" * 10)
     assert (ME, store.put(ME, b"b" * 11)) not in store
     assert (ME, kept) in store
@@ -68,8 +76,39 @@ def test_nobody_finds_what_another_has() -> None:
     assert (len(store), store.nbytes) == (2, 6)  # each pays for a copy: nobody's is gone sooner for another's sake
 
 
+def test_an_owner_that_has_its_share_makes_room_among_its_own_files() -> None:
+    store = ImageStore(Ledger(Limits(image_store_bytes=ByteSize(10), principal_share=0.5)))
+    other = store.put(YOU, b"aaaa")
+    first, second = store.put(ME, b"bbbb"), store.put(ME, b"cccc")
+    assert [key in store for key in ((YOU, other), (ME, first), (ME, second))] == [True, False, True]
+    assert (ME, store.put(ME, b"d" * 6)) not in store
+    assert (ME, second) in store
+
+
+def test_when_all_is_used_up_the_one_who_has_most_gives() -> None:
+    store = store_of(10)
+    few = store.put(YOU, b"aa")
+    many = [store.put(ME, data) for data in (b"bbbb", b"cccc")]
+    new = store.put(THEM, b"ddd")
+    assert [key in store for key in ((YOU, few), (ME, many[0]), (ME, many[1]), (THEM, new))] == [
+        True,
+        False,
+        True,
+        True,
+    ]
+
+
+def test_shrinking_frees_what_was_asked_for() -> None:
+    store = store_of(10)
+    few, old, new = store.put(YOU, b"a"), store.put(ME, b"bbbb"), store.put(ME, b"cccc")
+    assert store.shrink(3) == 4
+    assert [key in store for key in ((YOU, few), (ME, old), (ME, new))] == [True, False, True]
+    assert store.shrink(100) == 5
+    assert (len(store), store.nbytes, store.shrink(1)) == (0, 0, 0)
+
+
 def test_threads_may_share_it() -> None:
-    store = ImageStore(max_bytes=500)
+    store = store_of(500)
 
     def work(seed: int) -> None:
         for i in range(300):

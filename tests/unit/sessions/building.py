@@ -1,13 +1,16 @@
 """Sessions and results for tests: real values, made by hand instead of by a model."""
 
 import numpy as np
+from pydantic import ByteSize
 
+from segrpc.service.admission.ledger import Ledger
+from segrpc.service.admission.limits import Limits
 from segrpc.service.engine.base import SegmentResult, StageTimes
 from segrpc.service.images.decode import ImageHeader
 from segrpc.service.images.library import KnownImage
 from segrpc.service.schemas import CompressedRLE, ModelMetadata, NDArrayFloat, SegmentationOutput
 from segrpc.service.sessions.edits import AddPoints, Click, Edit, HistoryAction, Malformed, PromptAction, Scene
-from segrpc.service.sessions.session import MemoryBudget, ObjectResult, Plan, RefineOptions, Rejection, Session
+from segrpc.service.sessions.session import ObjectResult, Plan, RefineOptions, Rejection, Session
 
 WIDTH, HEIGHT, SIZE = 40, 30, 4
 METADATA = ModelMetadata(mask_size=SIZE, mask_counts=(1, 3), mask_input=True)
@@ -19,7 +22,7 @@ IMAGE = KnownImage("sha256:" + "0" * 64, b"12345", HEADER)
 def session(*, metadata: ModelMetadata = METADATA, budget: int = 2**20, **options: bool | int) -> Session:
     """Make a session on an image of 40 x 30 pixels."""
     scene = Scene(WIDTH, HEIGHT, "m", metadata, max_points=5)
-    return Session("s", IMAGE, scene, RefineOptions(**options), MemoryBudget(budget))  # type: ignore[arg-type]
+    return Session("s", IMAGE, scene, RefineOptions(**options), Ledger(Limits(session_bytes=ByteSize(budget))))  # type: ignore[arg-type]
 
 
 def click(seq: int, x: float = 1, y: float = 1, *, object_id: str = "a", name: str = "", label: int = 1) -> Edit:

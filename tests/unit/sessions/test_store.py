@@ -1,10 +1,13 @@
 from dataclasses import replace
 
 import pytest
+from pydantic import ByteSize
 
+from segrpc.service.admission.ledger import Ledger
+from segrpc.service.admission.limits import Limits
 from segrpc.service.errors import OverloadedError, SegrpcError, SessionNotFoundError, SessionTakenError
 from segrpc.service.sessions.session import RefineOptions
-from segrpc.service.sessions.store import Attachment, SessionLimits, SessionStore
+from segrpc.service.sessions.store import Attachment, Lifetimes, SessionStore
 from tests.unit.sessions.building import IMAGE, SCENE, click, step
 
 
@@ -35,7 +38,8 @@ def clock() -> Clock:
 
 @pytest.fixture
 def store(clock: Clock) -> SessionStore:
-    return SessionStore(SessionLimits(max_sessions=2, max_bytes=5000, idle_seconds=60, detached_seconds=10), clock)
+    limits = Limits(max_open_sessions=2, session_bytes=ByteSize(5000))
+    return SessionStore(Ledger(limits), Lifetimes(idle_seconds=60, detached_seconds=10), clock)
 
 
 def opened(store: SessionStore, stream: Stream | None = None) -> Attachment:
@@ -120,7 +124,7 @@ def test_there_is_so_much_memory(store: SessionStore) -> None:
     first = opened(store)
     for seq in range(1, 6):
         step(first.session, click(seq))
-    with pytest.raises(OverloadedError, match="memory") as caught:
+    with pytest.raises(OverloadedError, match="session_bytes") as caught:
         opened(store)
     assert caught.value.retry_after
     store.close(first)

@@ -3,6 +3,8 @@
 from collections import OrderedDict
 from threading import Lock
 
+from segrpc.service.admission.ledger import Ledger
+from segrpc.service.admission.limits import Resource
 from segrpc.service.errors import ImageNotFoundError, InvalidFieldError
 from segrpc.service.images.decode import digest_of, is_digest
 
@@ -10,35 +12,34 @@ Key = tuple[str, str]  # owner, digest
 
 
 class ImageStore:
-    """Keeps encoded files until their budget is used up; then the one that was not used for longest goes first.
+    """Keeps encoded files while there is room; then the one that was not used for longest goes first.
+
+    Whoever uses up its own share makes room among its own files. When the room of all is used up, the owner that has
+    most of it gives: one who has little loses nothing to those who have much.
 
     A file that two owners sent is kept for each: to one it must not matter what the other has.
 
     All methods may be called from any thread.
 
     Args:
-        max_bytes: The budget: how many bytes the files may have together.
+        ledger: Knows how many bytes the files may have together, and those of one owner.
     """
 
-    def __init__(self, max_bytes: int = 2**30) -> None:
-        self._max_bytes = max_bytes
-        self._files: OrderedDict[Key, bytes] = OrderedDict()
-        self._nbytes = 0
+    def __init__(self, ledger: Ledger | None = None) -> None:
+        self._ledger = ledger or Ledger()
+        self._files: dict[str, OrderedDict[str, bytes]] = {}  # by owner and digest; the longest unused first
         self._lock = Lock()
 
     def put(self, owner: str, data: bytes) -> str:
-        """Keep a file and return its digest. A file larger than the whole budget is not kept."""
+        """Keep a file and return its digest. A file larger than all that there may be is not kept."""
         digest = digest_of(data)
-        key = owner, digest
         with self._lock:
-            if key in self._files:
-                self._files.move_to_end(key)
-            elif len(data) <= self._max_bytes:
-                self._files[key] = data
-                self._nbytes += len(data)
-                while self._nbytes > self._max_bytes:
-                    _, oldest = self._files.popitem(last=False)
-                    self._nbytes -= len(oldest)
+            own = self._files.get(owner)
+            if own is not None and digest in own:
+                own.move_to_end(digest)
+            elif self._make_room(owner, len(data)):
+                self._files.setdefault(owner, OrderedDict())[digest] = data
+                self._ledger.add(Resource.IMAGE_BYTES, owner, len(data))
         return digest
 
     def get(self, owner: str, digest: str) -> bytes:
@@ -50,23 +51,49 @@ class ImageStore:
         """
         if not is_digest(digest):
             raise InvalidFieldError.of("digest", "must be sha256: and 64 lower-case hexadecimal digits")
-        key = owner, digest
         with self._lock:
-            if key not in self._files:
+            own = self._files.get(owner)
+            if own is None or digest not in own:
                 raise ImageNotFoundError(f"the server has no image {digest}, or no longer; send the image again")
-            self._files.move_to_end(key)
-            return self._files[key]
+            own.move_to_end(digest)
+            return own[digest]
+
+    def shrink(self, nbytes: int) -> int:
+        """Let files go until so many bytes are free, or none is left; return how many were freed."""
+        freed = 0
+        with self._lock:
+            while freed < nbytes and self._files:
+                freed += self._drop_oldest(self._largest())
+        return freed
 
     def __contains__(self, key: Key) -> bool:
+        owner, digest = key
         with self._lock:
-            return key in self._files
+            return digest in self._files.get(owner, {})
 
     def __len__(self) -> int:
         with self._lock:
-            return len(self._files)
+            return sum(map(len, self._files.values()))
 
     @property
     def nbytes(self) -> int:
         """How many bytes the files have together."""
-        with self._lock:
-            return self._nbytes
+        return self._ledger.used(Resource.IMAGE_BYTES)
+
+    def _make_room(self, owner: str, nbytes: int) -> bool:
+        while refusal := self._ledger.refusal(Resource.IMAGE_BYTES, owner, nbytes):
+            if refusal.amount > refusal.allowed:
+                return False
+            self._drop_oldest(self._largest() if refusal.owner is None else owner)
+        return True
+
+    def _largest(self) -> str:
+        return max(self._files, key=lambda owner: self._ledger.used(Resource.IMAGE_BYTES, owner))
+
+    def _drop_oldest(self, owner: str) -> int:
+        own = self._files[owner]
+        _, oldest = own.popitem(last=False)
+        if not own:
+            del self._files[owner]
+        self._ledger.add(Resource.IMAGE_BYTES, owner, -len(oldest))
+        return len(oldest)

@@ -5,13 +5,15 @@ import inspect
 import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 
+from segrpc.service.admission.ledger import Ledger
+from segrpc.service.admission.limits import Resource
 from segrpc.service.errors import DrainingError, MalformedMessageError, SegrpcError
 from segrpc.service.identity.authenticator import Authenticator
 from segrpc.service.identity.principal import ANONYMOUS, Principal
@@ -41,14 +43,16 @@ class Boundary(grpc.aio.ServerInterceptor):
 
     Args:
         authenticator: Finds out who calls.
+        ledger: Counts calls and the bytes of their messages, and refuses what is too much.
         observers: Are told of every call.
 
     Attributes:
         draining: Set by `drain`; long calls look at it.
     """
 
-    def __init__(self, authenticator: Authenticator, observers: Sequence[Observer] = ()) -> None:
+    def __init__(self, authenticator: Authenticator, ledger: Ledger, observers: Sequence[Observer] = ()) -> None:
         self._authenticator = authenticator
+        self._ledger = ledger
         self._observers = tuple(observers)
         self._active = 0
         self._idle = asyncio.Event()
@@ -104,9 +108,10 @@ class Boundary(grpc.aio.ServerInterceptor):
         async def answer(raw: bytes, context: Any) -> bytes:
             async with self._call(method, context, serialise) as call:
                 call.record.received_bytes = len(raw)
-                request = await _sized(len(raw), _parser(method, parse), raw)
-                call.adopt(request)
-                response = await behaviour(request, call.context)
+                with self._ledger.held(Resource.IN_FLIGHT_BYTES, call.principal.name, len(raw)):
+                    request = await _sized(len(raw), _parser(method, parse), raw)
+                    call.adopt(request)
+                    response = await behaviour(request, call.context)
                 if isinstance(response, bytes):  # the handler serialised it, because it is large
                     data = response
                 else:
@@ -129,20 +134,22 @@ class Boundary(grpc.aio.ServerInterceptor):
         if inspect.isasyncgenfunction(behaviour):
 
             async def generate(raw: Any, context: Any) -> AsyncIterator[bytes]:
-                async with self._call(method, context, serialise) as call:
+                async with self._call(method, context, serialise, Resource.STREAMS) as call:
                     async for response in behaviour(parse(raw, call), call.context):
                         yield call.context.serialised(response)
 
             return generate
 
         async def answer(raw: Any, context: Any) -> Any:
-            async with self._call(method, context, serialise) as call:
+            async with self._call(method, context, serialise, Resource.STREAMS) as call:
                 return await behaviour(parse(raw, call), call.context)
 
         return answer
 
     @asynccontextmanager
-    async def _call(self, method: str, context: Any, serialise: Any) -> AsyncIterator["_Call"]:
+    async def _call(
+        self, method: str, context: Any, serialise: Any, counted: Resource = Resource.REQUESTS
+    ) -> AsyncIterator["_Call"]:
         """Find out who calls, turn what is raised inside into a status, count the call and tell the observers."""
         own = method.startswith(_OWN_SERVICES)
         record = Call(method, own, self._observers, trace_parent_of(context))
@@ -155,7 +162,8 @@ class Boundary(grpc.aio.ServerInterceptor):
                 call.principal = await self._authenticator.authenticate(*credentials_of(context))
             if own:
                 call.principal.check_method(method.rpartition("/")[2])
-            yield call
+            with self._ledger.held(counted, call.principal.name) if own else nullcontext():
+                yield call
             record.status = "OK"
         except grpc.aio.AbortError:
             record.status, record.error = "UNKNOWN", "aborted by its handler"

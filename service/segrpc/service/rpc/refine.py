@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Coroutine
 from functools import partial
 from typing import Any, TypeVar
 
+from segrpc.service.admission.limits import Resource
 from segrpc.service.engine.base import CancelToken, EncodeJob, SegmentJob, SegmentResult
 from segrpc.service.errors import (
     ChunkOffsetError,
@@ -156,16 +157,17 @@ class RefineStream:
         limits = self._services.limits
         try:
             upload = Upload(header.size, header.digest, limits.max_image_bytes, limits.max_chunk_bytes)
-            while not upload.complete:
-                request = await anext(self._requests, None)
-                payload = None if request is None else request.WhichOneof("payload")
-                if payload == "config":
-                    raise ConfigNotFirstError(CONFIG_ONCE)
-                if request is None or payload != "image":
-                    raise ChunkOffsetError(f"the image is not complete: {upload.received} of {header.size} bytes")
-                upload.add(request.image.offset, request.image.data)
-                await self._context.write(refine_convert.upload_progress(upload.received))
-            return await asyncio.to_thread(lambda: self._services.images.from_data(self._owner, upload.finish()))
+            with self._services.ledger.held(Resource.IN_FLIGHT_BYTES, self._owner, header.size):
+                while not upload.complete:
+                    request = await anext(self._requests, None)
+                    payload = None if request is None else request.WhichOneof("payload")
+                    if payload == "config":
+                        raise ConfigNotFirstError(CONFIG_ONCE)
+                    if request is None or payload != "image":
+                        raise ChunkOffsetError(f"the image is not complete: {upload.received} of {header.size} bytes")
+                    upload.add(request.image.offset, request.image.data)
+                    await self._context.write(refine_convert.upload_progress(upload.received))
+                return await asyncio.to_thread(lambda: self._services.images.from_data(self._owner, upload.finish()))
         except InvalidFieldError as error:
             raise refine_convert.upload_terms(error) from None
 

@@ -12,6 +12,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest, ServerReflectionResponse
 
+from segrpc.service.admission.ledger import Ledger
 from segrpc.service.engine.base import Engine
 from segrpc.service.errors import ConfigurationError
 from segrpc.service.identity.authenticator import Authenticator
@@ -28,7 +29,7 @@ from segrpc.service.rpc.servicer import ModelServicer, SegmentationServicer
 from segrpc.service.rpc.services import Services
 from segrpc.service.rpc.tls import tls_credentials
 from segrpc.service.sessions.current_images import CurrentImages
-from segrpc.service.sessions.store import SessionLimits, SessionStore
+from segrpc.service.sessions.store import Lifetimes, SessionStore
 from segrpc.service.settings import Settings
 from segrpc.service.telemetry.statistics import Statistics
 from segrpc.service.telemetry.telemetry import Telemetry, TelemetryOptions
@@ -108,16 +109,11 @@ class Server:
         self._settings = settings
         self._engine = engine
         self._telemetry = Telemetry(TelemetryOptions(settings.metrics_listen), self.stats)
-        self._boundary = Boundary(authenticator(settings), self._telemetry.observers)
-        self._sessions = SessionStore(
-            SessionLimits(
-                max_sessions=settings.max_open_sessions,
-                max_bytes=settings.session_bytes,
-                idle_seconds=settings.session_idle_seconds,
-                detached_seconds=settings.session_detached_seconds,
-            )
-        )
-        self._store = ImageStore(settings.image_store_bytes)
+        self._ledger = Ledger(settings.limits())
+        self._boundary = Boundary(authenticator(settings), self._ledger, self._telemetry.observers)
+        lifetimes = Lifetimes(settings.session_idle_seconds, settings.session_detached_seconds)
+        self._sessions = SessionStore(self._ledger, lifetimes)
+        self._store = ImageStore(self._ledger)
         self._health = health.aio.HealthServicer()
         self._services = self._make_services()
         self._follower: asyncio.Task[None] | None = None
@@ -171,6 +167,7 @@ class Server:
                 ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it silently
                 ("grpc.max_receive_message_length", int(self._settings.max_message_bytes)),
                 ("grpc.max_send_message_length", -1),
+                ("grpc.max_concurrent_streams", self._settings.max_streams_per_connection),
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
                 ("grpc.keepalive_permit_without_calls", 1),
             ],
@@ -249,6 +246,7 @@ class Server:
             images=ImageLibrary(self._store, policy, image_limits(settings)),
             current_images=CurrentImages(settings.max_sessions, settings.session_idle_seconds),
             sessions=self._sessions,
+            ledger=self._ledger,
             limits=limits,
             draining=self._boundary.draining,
             drain_seconds=settings.drain_seconds,

@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+from segrpc.service.admission.limits import Resource
 from segrpc.service.engine.base import CancelToken, EncodeJob, SegmentJob
 from segrpc.service.errors import (
     CapabilityMissingError,
@@ -23,6 +24,8 @@ from segrpc.service.rpc.sources import find_image
 from segrpc.v1 import model_service_pb2, refine_pb2, segmentation_service_pb2
 from segrpc.v1.model_service_pb2_grpc import ModelServiceServicer
 from segrpc.v1.segmentation_service_pb2_grpc import SegmentationServiceServicer
+
+HEADER_ONCE = "the first message, and only the first, must be the header"
 
 Context = Any  # a `CallContext`, for the stubs grpc.aio's context, which is generic in types that nobody has
 
@@ -98,18 +101,19 @@ class SegmentationServicer(SegmentationServiceServicer):
         self, requests: AsyncIterator[segmentation_service_pb2.UploadImageRequest], context: Context
     ) -> segmentation_service_pb2.UploadImageResponse:
         """Take an image in chunks."""
-        upload: Upload | None = None
-        async for request in requests:
-            if (request.WhichOneof("payload") == "header") != (upload is None):
-                raise ConfigNotFirstError("the first message, and only the first, must be the header")
-            if upload is None:
-                header, limits = request.header, self._limits
-                upload = Upload(header.size, header.digest, limits.max_image_bytes, limits.max_chunk_bytes)
-            else:
-                upload.add(request.chunk.offset, request.chunk.data)
-        if upload is None:
+        first, owner, limits = await anext(requests, None), context.principal.name, self._limits
+        if first is None:
             raise ConfigNotFirstError("the stream ended before its header")
-        image = await asyncio.to_thread(self._keep, context.principal.name, upload)
+        if first.WhichOneof("payload") != "header":
+            raise ConfigNotFirstError(HEADER_ONCE)
+        header = first.header
+        upload = Upload(header.size, header.digest, limits.max_image_bytes, limits.max_chunk_bytes)
+        with self._services.ledger.held(Resource.IN_FLIGHT_BYTES, owner, header.size):
+            async for request in requests:
+                if request.WhichOneof("payload") == "header":
+                    raise ConfigNotFirstError(HEADER_ONCE)
+                upload.add(request.chunk.offset, request.chunk.data)
+            image = await asyncio.to_thread(lambda: self._images.from_data(owner, upload.finish()))
         return segmentation_service_pb2.UploadImageResponse(image=convert.image_info(image.digest, image.header))
 
     async def Refine(  # type: ignore[override]  # noqa: N802 - it writes to the context instead of yielding
@@ -117,9 +121,6 @@ class SegmentationServicer(SegmentationServiceServicer):
     ) -> None:
         """Serve an interactive session."""
         await RefineStream(self._services, requests, context).run()
-
-    def _keep(self, owner: str, upload: Upload) -> KnownImage:
-        return self._images.from_data(owner, upload.finish())
 
     async def _session_image(self, request: segmentation_service_pb2.SegmentRequest, context: Context) -> KnownImage:
         """Find the image of a request, which may be the current one of its session."""

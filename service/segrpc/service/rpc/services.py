@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import dataclass
 
+from segrpc.service.admission.ledger import Ledger
 from segrpc.service.engine.base import Engine
 from segrpc.service.images.library import ImageLibrary
 from segrpc.service.sessions.current_images import CurrentImages
@@ -19,6 +20,7 @@ class Services:
         images: Finds images.
         current_images: Remembers the image of each ``session_id`` of stateless calls.
         sessions: Holds interactive sessions.
+        ledger: Counts who has how much of what.
         limits: What requests must keep to.
         draining: Set when the server begins to shut down.
         drain_seconds: How long streams may go on after that.
@@ -28,6 +30,7 @@ class Services:
     images: ImageLibrary
     current_images: CurrentImages
     sessions: SessionStore
+    ledger: Ledger
     limits: model_service_pb2.Limits
     draining: asyncio.Event
     drain_seconds: float

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
+from segrpc.service.admission.ledger import Ledger
+from segrpc.service.admission.limits import Resource
 from segrpc.service.engine.base import SegmentResult, StageTimes
 from segrpc.service.errors import InvalidFieldError, OverloadedError, SegrpcError, Violation
 from segrpc.service.images.library import KnownImage
@@ -133,19 +135,6 @@ class _Object:
     changed_at: int = 0  # the session's revision
 
 
-@dataclass(slots=True)
-class MemoryBudget:
-    """What sessions may take together, in bytes. Checked before a round; the last one may exceed it."""
-
-    limit: int
-    used: int = 0
-
-    @property
-    def full(self) -> bool:
-        """Whether no more rounds fit."""
-        return self.used >= self.limit
-
-
 class Session:
     """The state of a session; all methods belong to the event loop.
 
@@ -154,17 +143,17 @@ class Session:
         image: The image; kept, so that embeddings can be made again at any time.
         scene: What edits are checked against.
         options: What it was opened with.
-        budget: The memory of all sessions.
+        ledger: Counts the memory of all sessions. Asked before a round; the last one may exceed what is allowed.
     """
 
-    def __init__(self, id: str, image: KnownImage, scene: Scene, options: RefineOptions, budget: MemoryBudget) -> None:  # noqa: A002
+    def __init__(self, id: str, image: KnownImage, scene: Scene, options: RefineOptions, ledger: Ledger) -> None:  # noqa: A002
         self.id = id
         self.image = image
         self.scene = scene
         self.options = options
         self.revision = 0
         self.applied_seq = 0
-        self._budget = budget
+        self._ledger = ledger
         self._objects: dict[str, _Object] = {}
         self._pending: deque[Edit] = deque()
         self._seen = _Numbers()
@@ -195,14 +184,14 @@ class Session:
         return len(self._pending) >= MAX_PENDING or masks >= MAX_PENDING_BYTES
 
     def close(self) -> None:
-        """Give its memory back to the budget; it is not used afterwards."""
+        """Give its memory back; it is not used afterwards."""
         self._account(-self._nbytes)
         self._objects.clear()
         self._pending.clear()
 
     def _account(self, nbytes: int) -> None:
         self._nbytes += nbytes
-        self._budget.used += nbytes
+        self._ledger.add(Resource.SESSION_BYTES, self.image.owner, nbytes)
 
     def receive(self, edit: Edit) -> Rejection | None:
         """Take an edit; one that was taken before is ignored.
@@ -270,6 +259,11 @@ class Session:
         self._plan = plan
         return plan
 
+    def _check_memory(self) -> None:
+        refusal = self._ledger.refusal(Resource.SESSION_BYTES, self.image.owner)
+        if refusal is not None:
+            raise OverloadedError(f"{refusal}: finish sessions, or undo and go on from there")
+
     def _history(self, object_id: str) -> History:
         known = self._objects.get(object_id)
         return known.history if known is not None else History()
@@ -278,8 +272,8 @@ class Session:
         action = edit.action
         if isinstance(action, Malformed):
             raise action.error
-        if self._budget.full and not (isinstance(action, HistoryAction) and plan.object_id in self._objects):
-            raise OverloadedError("the memory for sessions is full: finish sessions, or undo and go on from there")
+        if not (isinstance(action, HistoryAction) and plan.object_id in self._objects):
+            self._check_memory()
         if isinstance(action, HistoryAction):
             plan.history = plan.history.changed(action)
             plan.prompts = plan.history.current.prompts

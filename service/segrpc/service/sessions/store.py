@@ -6,27 +6,23 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from segrpc.service.errors import OverloadedError, SegrpcError, SessionNotFoundError, SessionTakenError
+from segrpc.service.admission.ledger import Ledger
+from segrpc.service.admission.limits import Resource
+from segrpc.service.errors import SegrpcError, SessionNotFoundError, SessionTakenError
 from segrpc.service.images.library import KnownImage
 from segrpc.service.sessions.edits import Scene
-from segrpc.service.sessions.session import MemoryBudget, RefineOptions, Session
-
-RETRY_AFTER = 5.0  # seconds: sessions end when people are done, not in milliseconds
+from segrpc.service.sessions.session import RefineOptions, Session
 
 
 @dataclass(frozen=True, slots=True)
-class SessionLimits:
-    """What sessions must keep to.
+class Lifetimes:
+    """How long sessions are held.
 
     Attributes:
-        max_sessions: How many are held, attached or not.
-        max_bytes: What they may take together: images, logits and masks.
         idle_seconds: How long an attached session is held without an edit.
         detached_seconds: How long a detached session waits to be resumed.
     """
 
-    max_sessions: int = 1024
-    max_bytes: int = 2 * 2**30
     idle_seconds: float = 600.0
     detached_seconds: float = 120.0
 
@@ -60,14 +56,15 @@ class SessionStore:
     """Holds sessions; all methods belong to the event loop.
 
     Args:
-        limits: What sessions must keep to.
+        ledger: Knows how many there may be, and what they may take: images, logits and masks.
+        lifetimes: How long they are held.
         clock: Gives the time in seconds, for tests.
     """
 
-    def __init__(self, limits: SessionLimits, clock: Callable[[], float] = time.monotonic) -> None:
-        self._limits = limits
+    def __init__(self, ledger: Ledger, lifetimes: Lifetimes, clock: Callable[[], float] = time.monotonic) -> None:
+        self._ledger = ledger
+        self._lifetimes = lifetimes
         self._clock = clock
-        self._budget = MemoryBudget(limits.max_bytes)
         self._held: dict[str, _Held] = {}
 
     def __len__(self) -> int:
@@ -81,12 +78,12 @@ class SessionStore:
     @property
     def nbytes(self) -> int:
         """About how much memory the sessions take."""
-        return self._budget.used
+        return self._ledger.used(Resource.SESSION_BYTES)
 
     @property
     def idle_seconds(self) -> float:
         """How long an attached session is held without an edit."""
-        return self._limits.idle_seconds
+        return self._lifetimes.idle_seconds
 
     def open(
         self, image: KnownImage, scene: Scene, options: RefineOptions, end: Callable[[SegrpcError], None]
@@ -97,13 +94,14 @@ class SessionStore:
             OverloadedError: If there is no room for another one.
         """
         self.expire()
-        if len(self._held) >= self._limits.max_sessions:
-            raise OverloadedError(f"{len(self._held)} sessions are open already; try again", RETRY_AFTER)
-        if self._budget.full:
-            raise OverloadedError("the memory for sessions is full; try again", RETRY_AFTER)
-        session = Session(secrets.token_hex(16), image, scene, options, self._budget)
+        if refusal := self._ledger.refusal(Resource.SESSION_BYTES, image.owner):
+            raise refusal.error()
+        self._ledger.take(Resource.SESSIONS, image.owner)
+        session = Session(secrets.token_hex(16), image, scene, options, self._ledger)
         attachment = Attachment(session, secrets.token_urlsafe(32), False, end)
-        self._held[session.id] = _Held(session, attachment.token, attachment, self._clock() + self._limits.idle_seconds)
+        self._held[session.id] = _Held(
+            session, attachment.token, attachment, self._clock() + self._lifetimes.idle_seconds
+        )
         return attachment
 
     def find(self, owner: str, session_id: str, token: str) -> Session:
@@ -135,37 +133,40 @@ class SessionStore:
         if held.attachment is not None:
             held.attachment.end(SessionTakenError(f"session {session_id} was resumed on another stream"))
         held.attachment = Attachment(held.session, held.token, True, end)
-        held.expires = self._clock() + self._limits.idle_seconds
+        held.expires = self._clock() + self._lifetimes.idle_seconds
         return held.attachment
 
     def touch(self, attachment: Attachment) -> None:
         """Note that the client did something."""
         held = self._held_by(attachment)
         if held is not None:
-            held.expires = self._clock() + self._limits.idle_seconds
+            held.expires = self._clock() + self._lifetimes.idle_seconds
 
     def detach(self, attachment: Attachment) -> None:
         """Let a session wait for being resumed, unless another stream has it already."""
         held = self._held_by(attachment)
         if held is not None:
-            held.attachment, held.expires = None, self._clock() + self._limits.detached_seconds
+            held.attachment, held.expires = None, self._clock() + self._lifetimes.detached_seconds
 
     def close(self, attachment: Attachment) -> None:
         """End a session, unless another stream has it already."""
         held = self._held_by(attachment)
         if held is not None:
-            del self._held[held.session.id]
-            held.session.close()
+            self._end(held)
 
     def expire(self) -> None:
         """End the sessions whose time is over."""
         now = self._clock()
         for held in [held for held in self._held.values() if held.expires <= now]:
-            del self._held[held.session.id]
-            held.session.close()
+            self._end(held)
             if held.attachment is not None:
-                text = f"the session expired after {self._limits.idle_seconds:g} s without an edit"
+                text = f"the session expired after {self._lifetimes.idle_seconds:g} s without an edit"
                 held.attachment.end(SessionNotFoundError(text))
+
+    def _end(self, held: _Held) -> None:
+        del self._held[held.session.id]
+        held.session.close()
+        self._ledger.add(Resource.SESSIONS, held.session.image.owner, -1)
 
     def _held_by(self, attachment: Attachment) -> _Held | None:
         held = self._held.get(attachment.session.id)

@@ -1,0 +1,1 @@
+"""How much of everything callers may take, and who has how much of it. Knows nothing of gRPC."""
