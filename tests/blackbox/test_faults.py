@@ -598,7 +598,7 @@ def test_an_edit_that_ends_the_worker_is_rejected(start: Callable[..., Site]) ->
 
 
 def test_a_full_queue_rejects_edits(start: Callable[..., Site]) -> None:
-    site = start("--max-pending", "1")
+    site = start("--max-pending-decodes", "1")
     with connect(site.server) as channel:
         busy = decoding(site, channel, 60.0)
         with RefineStream(channel, config(fresh_image(SMALL), "gated")) as other:

@@ -161,7 +161,14 @@ ANSWERED, PENDING = [(20.0, 12.0), (40.0, 30.0)], [(8.0, 8.0), (50.0, 20.0)]  # 
 def test_a_hundred_streams_lose_no_edit_at_sigterm(tmp_path: Path, gates: Path, third_party: dict[str, str]) -> None:
     gate = Gate(gates)
     # The time to drain is longer than any test: what ends before it ends by itself.
-    options = ["--config", str(tmp_path / "config.toml"), "--drain-seconds", "600", "--max-pending", str(2 * STREAMS)]
+    options = [
+        "--config",
+        str(tmp_path / "config.toml"),
+        "--drain-seconds",
+        "600",
+        "--max-pending-decodes",
+        str(STREAMS),
+    ]
     with ExitStack() as stack:
         server = stack.enter_context(ServerProcess(*options, log=tmp_path / "log", environment=third_party))
         channels = [stack.enter_context(connect(server)) for _ in range(4)]

@@ -21,7 +21,7 @@ from tests.photos import load_image, photo_bytes
 from tests.server_process import ServerProcess, connect
 
 CONFIG = """
-max_pending = 1
+max_pending_encodes = 1
 
 [[models]]
 name = "bright"

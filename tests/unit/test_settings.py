@@ -43,12 +43,12 @@ def test_without_any_source_the_defaults_hold() -> None:
 
 
 def test_the_stronger_source_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    toml = "max_prompts = 1\nmax_points = 1\nmax_pending = 1"
+    toml = "max_prompts = 1\nmax_points = 1\nmax_pending_decodes = 1"
     monkeypatch.setenv("SEGRPC_MAX_PROMPTS", "2")
     monkeypatch.setenv("SEGRPC_MAX_POINTS", "2")
     monkeypatch.setenv("SEGRPC_MAX_SESSIONS", "2")
     settings = load(toml, folder=tmp_path, max_prompts="3", log_level="error")
-    assert (settings.max_prompts, settings.max_points, settings.max_pending) == (3, 2, 1)
+    assert (settings.max_prompts, settings.max_points, settings.max_pending_decodes) == (3, 2, 1)
     assert (settings.max_sessions, settings.log_level, settings.threads) == (2, "error", 0)
 
 
@@ -112,7 +112,11 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
 
 def test_all_that_is_wrong_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEGRPC_MAX_POINTS", "many")
-    assert set(wrong("max_pending = 0", folder=tmp_path, dtype="float64")) == {"max_points", "max_pending", "dtype"}
+    assert set(wrong("max_pending_encodes = 0", folder=tmp_path, dtype="float64")) == {
+        "max_points",
+        "max_pending_encodes",
+        "dtype",
+    }
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,12 @@ class Settings(BaseSettings):
     max_points: int = Field(1024, gt=0, description="most points in a prompt")
     max_chunk_bytes: ByteSize = Field(ByteSize(1 * MiB), gt=0, description="largest chunk of an upload")
     max_message_bytes: ByteSize = Field(ByteSize(32 * MiB), gt=0, description="largest message that is received")
-    max_pending: int = Field(64, gt=0, description="jobs that may run or wait; more are refused")
+    max_pending_encodes: int = Field(
+        64, gt=0, description="images that may be encoded or wait for it, on each device; more are refused"
+    )
+    max_pending_decodes: int = Field(
+        64, gt=0, description="jobs whose prompts may be decoded or wait for it, on each device; more are refused"
+    )
     max_requests: int = Field(1024, gt=0, description="calls that are answered at once, beside streams")
     max_streams: int = Field(1024, gt=0, description="streams of Refine at once")
     max_streams_per_connection: int = Field(
@@ -99,7 +104,7 @@ class Settings(BaseSettings):
         gt=0,
         le=1,
         description="the part that one principal may have of max_requests, max_streams, max_open_sessions, "
-        "session_bytes, image_store_bytes and in_flight_bytes, where callers are identified",
+        "session_bytes, image_store_bytes, in_flight_bytes and max_pending_*, where callers are identified",
     )
     image_store_bytes: ByteSize = Field(ByteSize(1 * GiB), gt=0, description="memory for images known by digest")
     embedding_cache_bytes: ByteSize = Field(

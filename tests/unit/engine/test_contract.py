@@ -50,6 +50,12 @@ async def dropped(engine: Engine, pending: int) -> None:
         await asyncio.sleep(0)
 
 
+async def encoding_count(engine: Engine, count: int) -> None:
+    """Return once so many images are being encoded or wait for it."""
+    while engine.stats().encoding != count:  # noqa: ASYNC110 - an engine tells nobody of its queues
+        await asyncio.sleep(0)
+
+
 async def queued(engine: Engine, image: bytes, pending: int) -> None:
     """Return once what was asked before is in the queue of decodes: a work behind it was dropped from there."""
     token = CancelToken()
@@ -196,7 +202,7 @@ async def test_an_encoding_goes_on_while_one_needs_it(start_engine: StartEngine,
 async def test_who_leaves_is_let_go_at_once_and_counts_until_the_work_ends(
     start_engine: StartEngine, tmp_path: Path
 ) -> None:
-    engine = await start_engine("held", max_pending=2)
+    engine = await start_engine("held", max_pending_encodes=2)
     gate = Gate(tmp_path, "embed")
     token = CancelToken()
     left = asyncio.create_task(engine.segment(click(A), token))
@@ -206,7 +212,7 @@ async def test_who_leaves_is_let_go_at_once_and_counts_until_the_work_ends(
         await left
     assert engine.stats().pending == 1
     queued = asyncio.create_task(ask(engine, B))
-    await asyncio.sleep(0)
+    await encoding_count(engine, 2)
     with pytest.raises(OverloadedError, match="2 jobs") as caught:
         await ask(engine, C)
     assert caught.value.retry_after is not None

@@ -112,6 +112,7 @@ class SegmentJob:
         input: The input; ``image`` is the encoded file as bytes.
         tensor_dtype: The element type of returned tensors.
         header: The image's size and orientation if the caller knows it; otherwise it is read when it is needed.
+        owner: Who asks, so that none takes the places of all; empty where callers are not identified.
     """
 
     model: str
@@ -119,6 +120,7 @@ class SegmentJob:
     input: SegmentationInput
     tensor_dtype: FloatType = "float32"
     header: ImageHeader | None = None
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +148,7 @@ class EncodeJob:
         image: The encoded file.
         return_embedding: Whether to return the embedding besides keeping it.
         tensor_dtype: The element type of returned tensors.
+        owner: Who asks, as in `SegmentJob`.
     """
 
     model: str
@@ -153,6 +156,7 @@ class EncodeJob:
     image: bytes = field(repr=False)
     return_embedding: bool = False
     tensor_dtype: FloatType = "float32"
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +235,10 @@ class EngineOptions:
         limits: What images must keep to.
         cache_bytes: The budget of the embeddings of all models on one device.
         host_cache_bytes: The budget of what had to leave one device for the host's memory.
-        max_pending: How many jobs may run or wait; more are refused.
+        max_pending_encodes: How many images may be encoded or wait for it, on each device; more are refused. Models
+            that have no separate encoding count here.
+        max_pending_decodes: How many jobs may have prompts decoded or wait for it, on each device; more are refused.
+        principal_share: The part of both that one owner may have, above 0, at most 1.
         devices: Where to run, such as ``cuda:0``; each device gets its own share of the images. Empty: once, on the
             device that the models choose themselves.
         log_level: What worker processes log, as a level of `logging`.
@@ -242,7 +249,9 @@ class EngineOptions:
     limits: ImageLimits = DEFAULT_LIMITS
     cache_bytes: int = 2 * 2**30
     host_cache_bytes: int = 4 * 2**30
-    max_pending: int = 64
+    max_pending_encodes: int = 64
+    max_pending_decodes: int = 64
+    principal_share: float = 0.5
     devices: tuple[str, ...] = ()
     log_level: str = "WARNING"
     log_format: LogFormat = "text"
@@ -277,6 +286,19 @@ class Engine(Protocol):
     @property
     def models(self) -> tuple[ServedModel, ...]:
         """The models that are ready; the first is the default."""
+
+    def check(self, model: str, owner: str, token: CancelToken) -> None:
+        """Look whether `segment` would be refused, before anybody does work for it.
+
+        Args:
+            model: The model's name.
+            owner: Who asks.
+            token: Says when the answer must be there.
+
+        Raises:
+            OverloadedError: If it would be on every device, because too many jobs wait or there is no time left.
+            ModelNotFoundError: If the model is not served.
+        """
 
     async def segment(self, job: SegmentJob, token: CancelToken) -> SegmentResult:
         """Answer an input.

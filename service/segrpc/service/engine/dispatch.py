@@ -6,6 +6,7 @@ import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
+from segrpc.service.engine.backend import Backend
 from segrpc.service.engine.base import (
     CancelToken,
     EncodeJob,
@@ -17,8 +18,8 @@ from segrpc.service.engine.base import (
     ServedModel,
     StageTimes,
 )
-from segrpc.service.engine.counted import CountedBackend
-from segrpc.service.engine.sharing import Backend, SharedEncode, SharedEncodes
+from segrpc.service.engine.pacing import RETRY_AFTER, Device
+from segrpc.service.engine.sharing import SharedEncode, SharedEncodes
 from segrpc.service.engine.waiting import until
 from segrpc.service.engine.warm_up import warm_up
 from segrpc.service.engine.work import (
@@ -44,7 +45,6 @@ from segrpc.service.schemas import SegmentationInput
 
 R = TypeVar("R")
 
-RETRY_AFTER = 1.0  # seconds: about as long as an image takes to encode on a CPU
 MAX_LOSSES = 2  # of the worker during one job: the job may be what ends it
 MAX_ENCODES = 3  # of one image for one job: more than one is needed only when memory runs out or a worker is lost
 
@@ -62,13 +62,17 @@ class Dispatcher:
         self, options: EngineOptions, backends: Sequence[Backend], changed: asyncio.Event | None = None
     ) -> None:
         self._options = options
-        self._backends = tuple(map(CountedBackend, backends))
+        self._devices = tuple(Device(backend, options) for backend in backends)
         self._cache_hits = self._cache_misses = 0
         self._changed = changed or asyncio.Event()
         self._models: dict[str, ServedModel] = {}
         self._encodes = SharedEncodes()
         self._jobs: set[asyncio.Task[Any]] = set()
         self._stopping = False
+
+    @property
+    def _backends(self) -> tuple[Backend, ...]:
+        return tuple(device.backend for device in self._devices)
 
     async def start(self) -> None:
         """Load the models on all devices at once."""
@@ -116,8 +120,8 @@ class Dispatcher:
             host_embeddings=sum(one.host_embeddings for one in held),
             host_bytes=sum(one.host_bytes for one in held),
             encodes=self._encodes.count,
-            encoding=sum(backend.encoding for backend in self._backends),
-            decoding=sum(backend.decoding for backend in self._backends),
+            encoding=sum(len(device.encodes) for device in self._devices),
+            decoding=sum(len(device.decodes) for device in self._devices),
             cache_hits=self._cache_hits,
             cache_misses=self._cache_misses,
             device_memory=tuple(pair for one in held for pair in one.device_memory),
@@ -125,20 +129,31 @@ class Dispatcher:
             worker_pids=tuple(backend.pid for backend in self._backends if backend.pid is not None),
         )
 
+    def check(self, model: str, owner: str, token: CancelToken) -> None:
+        """Refuse a job at once that no device would take."""
+        kind = (DecodeWork if self._served(model).promptable else PredictWork), model
+        refusals: list[OverloadedError] = []
+        for device in self._devices:
+            try:
+                return device.check(kind, owner, token)
+            except OverloadedError as error:
+                refusals.append(error)
+        raise refusals[0]
+
     async def segment(self, job: SegmentJob, token: CancelToken) -> SegmentResult:
         """Answer an input."""
         served = self._served(job.model)
         if not isinstance(job.input.image, bytes):
             raise TypeError("a job's image must be the encoded file as bytes")
         answer = self._prompt if served.promptable else self._predict
-        return await self._admit(lambda: _retried(lambda times: answer(served, job, token, times)), token)
+        return await self._start(lambda: _retried(lambda times: answer(served, job, token, times)), token)
 
     async def encode(self, job: EncodeJob, token: CancelToken) -> EncodeResult:
         """Encode an image and keep the embedding."""
         served = self._served(job.model)
         if not served.promptable:
             raise CapabilityMissingError(f"model {job.model!r} has no embeddings")
-        return await self._admit(lambda: _retried(lambda times: self._encode(served, job, token, times)), token)
+        return await self._start(lambda: _retried(lambda times: self._encode(served, job, token, times)), token)
 
     def _served(self, name: str) -> ServedModel:
         if self._stopping:
@@ -148,16 +163,14 @@ class Dispatcher:
             raise ModelNotFoundError(f"model {name!r} is not served; served are: {', '.join(self._models)}")
         return served
 
-    def _backend(self, digest: str) -> CountedBackend:
-        return self._backends[zlib.crc32(digest.encode()) % len(self._backends)]
+    def _device(self, digest: str) -> Device:
+        return self._devices[zlib.crc32(digest.encode()) % len(self._devices)]
 
-    async def _admit(self, job: Callable[[], Coroutine[Any, Any, R]], token: CancelToken) -> R:
-        """Start a job if there is room, and wait for it as long as the token allows.
+    async def _start(self, job: Callable[[], Coroutine[Any, Any, R]], token: CancelToken) -> R:
+        """Start a job, and wait for it as long as the token allows.
 
         It counts until its work has ended, also when nobody waits for it any more.
         """
-        if len(self._jobs) >= self._options.max_pending:
-            raise OverloadedError(f"{len(self._jobs)} jobs are running or waiting already; try again", RETRY_AFTER)
         task = asyncio.create_task(job())
         self._jobs.add(task)
         task.add_done_callback(self._done)
@@ -178,7 +191,8 @@ class Dispatcher:
         check_capabilities(job.input, served.metadata, job.model)
         image, header = await self._checked(job.input, job.header)
         work = PredictWork(job.model, _bare(job.input), image, header)
-        result: SegmentResult = await self._backend(job.digest).run(work, token)
+        device = self._device(job.digest)
+        result: SegmentResult = await device.run(device.admit(work, job.owner, token), token)
         result.times.add(times)
         return result
 
@@ -190,33 +204,36 @@ class Dispatcher:
             check_capabilities(job.input, served.metadata, job.model)
             _, header = await self._checked(job.input, job.header)
             work = DecodeWork(job.model, job.digest, work.input, job.tensor_dtype, header)
-        result: SegmentResult = await self._with_embedding(work, job.input, job.header, token, times)
+        result: SegmentResult = await self._with_embedding(work, job.owner, job.input, job.header, token, times)
         return result
 
     async def _encode(self, served: ServedModel, job: EncodeJob, token: CancelToken, times: StageTimes) -> EncodeResult:
         given = SegmentationInput(image=job.image, return_image_embedding=True)
         if not job.return_embedding:
             touch = TouchWork(job.model, job.digest)
-            touched: EncodedImage = await self._with_embedding(touch, given, None, token, times)
+            touched: EncodedImage = await self._with_embedding(touch, job.owner, given, None, token, times)
             return EncodeResult(None, [], touched.header, touched.times)
         work = DecodeWork(job.model, job.digest, _bare(given), job.tensor_dtype)
-        result: SegmentResult = await self._with_embedding(work, given, None, token, times)
+        result: SegmentResult = await self._with_embedding(work, job.owner, given, None, token, times)
         output = result.output
         return EncodeResult(output.image_embedding, output.high_resolution_features or [], result.header, result.times)
 
     async def _with_embedding(
         self,
         work: DecodeWork | TouchWork,
+        owner: str,
         given: SegmentationInput,
         header: ImageHeader | None,
         token: CancelToken,
         times: StageTimes,
     ) -> Any:
         """Run a work; if its embedding is not at hand, have it made first. Only then does the image travel."""
-        backend = self._backend(work.digest)
+        device = self._device(work.digest)
         start = time.perf_counter()
+        # A look into the cache takes no time.
+        place = device.enter(work, owner) if isinstance(work, TouchWork) else device.admit(work, owner, token)
         try:
-            result = await backend.run(work, token)
+            result = await device.run(place, token)
         except EmbeddingMissing:
             times.queue += time.perf_counter() - start
             self._cache_misses += 1
@@ -229,9 +246,9 @@ class Dispatcher:
         encode: SharedEncode | None = None
         for _ in range(MAX_ENCODES):
             to_encode = EncodeWork(work.model, work.digest, image)
-            async with self._encodes.use(backend, to_encode, token, times, encode) as encode:
+            async with self._encodes.use(device, to_encode, owner, token, times, encode) as encode:
                 try:
-                    result = await backend.run(work, token)
+                    result = await device.run(device.enter(work, owner), token)
                 except EmbeddingMissing:
                     continue
             result.times.add(times)

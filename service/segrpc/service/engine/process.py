@@ -7,7 +7,8 @@ from typing import Any
 
 from segrpc.service.engine.base import CancelToken, EngineOptions, ServedModel
 from segrpc.service.engine.child import Child
-from segrpc.service.engine.dispatch import RETRY_AFTER, Dispatcher
+from segrpc.service.engine.dispatch import Dispatcher
+from segrpc.service.engine.pacing import RETRY_AFTER
 from segrpc.service.engine.waiting import until
 from segrpc.service.engine.warm_up import warm_up
 from segrpc.service.engine.work import Holdings, Work, WorkerLost

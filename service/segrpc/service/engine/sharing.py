@@ -4,66 +4,26 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, Protocol
+from typing import Any
 
-from segrpc.service.engine.base import CancelToken, ServedModel, StageTimes
+from segrpc.service.engine.base import CancelToken, StageTimes
+from segrpc.service.engine.pacing import Device, Place
 from segrpc.service.engine.waiting import until
-from segrpc.service.engine.work import EncodeWork, Holdings, Work
-
-
-class Backend(Protocol):
-    """The models of one device, wherever they run. Used on the event loop, which it never blocks."""
-
-    async def start(self) -> tuple[ServedModel, ...]:
-        """Load the models.
-
-        Raises:
-            ModelLoadError: If one cannot be loaded.
-        """
-
-    async def stop(self) -> None:
-        """Unload the models; nothing is running any more."""
-
-    async def run(self, work: Work, token: CancelToken) -> Any:
-        """Do a work; returns its `Result` once the work has ended, also when its token is cancelled meanwhile.
-
-        Raises:
-            EmbeddingMissing: If the work needs an embedding that is not in the cache.
-            WorkerLost: If the process that did it ended.
-            SegrpcError: If the work is wrong or was stopped.
-        """
-
-    def release(self, model: str, digest: str) -> None:
-        """Let an embedding go that an `EncodeWork` had kept."""
-
-    def holdings(self) -> Holdings:
-        """Report what the cache holds, as far as it is known here."""
-
-    @property
-    def restarts(self) -> int:
-        """How often its process was started again."""
-
-    @property
-    def pid(self) -> int | None:
-        """The process that it runs in; None if it is this one, or if none is running."""
-
-    @property
-    def trouble(self) -> str:
-        """Why works are refused for the time being, for the operator; empty if they are not."""
+from segrpc.service.engine.work import EncodeWork
 
 
 class SharedEncode:
     """An encoding that is under way or done, and how many use it.
 
     Args:
-        backend: Where it runs.
-        work: What to encode.
+        device: Where it runs.
+        place: The place that the work has there.
     """
 
-    def __init__(self, backend: Backend, work: EncodeWork) -> None:
+    def __init__(self, device: Device, place: Place) -> None:
         # Its own token: it goes on while anyone needs it, whoever asked first.
         self.token = CancelToken()
-        self.task = asyncio.create_task(backend.run(work, self.token))
+        self.task = asyncio.create_task(device.run(place, self.token))
         self.users = 0
 
 
@@ -81,21 +41,29 @@ class SharedEncodes:
 
     @asynccontextmanager
     async def use(
-        self, backend: Backend, work: EncodeWork, token: CancelToken, times: StageTimes, stale: SharedEncode | None
+        self,
+        device: Device,
+        work: EncodeWork,
+        owner: str,
+        token: CancelToken,
+        times: StageTimes,
+        stale: SharedEncode | None,
     ) -> AsyncIterator[SharedEncode]:
         """Have an image encoded, or wait for the encoding that is under way; the embedding is kept inside the context.
 
         The encoding is cancelled when nobody waits for it any more; then this returns when it has ended.
 
         Args:
-            backend: Where to encode.
+            device: Where to encode.
             work: What to encode.
+            owner: Whose image it is.
             token: Says how long to wait.
             times: Gets the times of the encoding, or of the wait for somebody else's.
             stale: An encoding that turned out to be of no use, because its embedding is gone.
 
         Raises:
             DeadlineError: If the token says to stop.
+            OverloadedError: If the device has no room for another encoding.
             WorkerLost, SegrpcError: As `Backend.run`.
         """
         token.check()  # or work would start that has to be stopped at once
@@ -103,7 +71,7 @@ class SharedEncodes:
         encode = self._encodes.get(key)
         own = encode is None or encode is stale
         if encode is None or encode is stale:
-            encode = self._encodes[key] = SharedEncode(backend, work)
+            encode = self._encodes[key] = SharedEncode(device, device.admit(work, owner, token))
             encode.task.add_done_callback(self._encoded)
         encode.users += 1
         start = time.perf_counter()
@@ -120,7 +88,7 @@ class SharedEncodes:
                 encode.token.cancel()
                 await asyncio.wait({encode.task})
                 if not _failed(encode.task):
-                    backend.release(*key)
+                    device.backend.release(*key)
 
     def _encoded(self, task: "asyncio.Task[Any]") -> None:
         if not _failed(task) and task.result().times.encode_image > 0:

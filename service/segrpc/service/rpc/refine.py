@@ -281,7 +281,8 @@ class RefineStream:
     async def _round(self, session: Session, plan: Plan) -> SegmentResult | None:
         """Ask the engine; ask again while the worker or the queue is not available."""
         assert plan.input is not None  # the caller looked
-        job = SegmentJob(session.scene.model, session.image.key, plan.input, header=session.image.header)
+        image = session.image
+        job = SegmentJob(session.scene.model, image.key, plan.input, header=image.header, owner=image.owner)
         tries = 0
         while not plan.cancelled:
             self._token, tries, asked = CancelToken(), tries + 1, time.perf_counter()
@@ -320,7 +321,8 @@ class RefineStream:
 
     async def _warm(self, session: Session) -> None:
         """Encode the image ahead of the first edit. If that fails, the first edit tells."""
-        job = EncodeJob(session.scene.model, session.image.key, session.image.data)
+        image = session.image
+        job = EncodeJob(session.scene.model, image.key, image.data, owner=image.owner)
         with contextlib.suppress(SegrpcError):
             asked = time.perf_counter()
             result = await self._services.engine.encode(job, CancelToken())

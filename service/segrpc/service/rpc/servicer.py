@@ -50,6 +50,7 @@ class SegmentationServicer(SegmentationServiceServicer):
         start, token = time.perf_counter(), CancelToken(context.time_remaining())
         model = convert.find_model(self._engine.models, context.principal, request.model, "model")
         context.call.model = model.name
+        self._engine.check(model.name, context.principal.name, token)
         for field in ("request_id", "session_id"):
             convert.check_name(field, getattr(request, field))
         convert.check_prompt_limits(request, self._limits.max_prompts, self._limits.max_points)
@@ -58,7 +59,8 @@ class SegmentationServicer(SegmentationServiceServicer):
         try:
             given = await asyncio.to_thread(convert.segmentation_input, request, image.data)
             asked = time.perf_counter()
-            result = await self._engine.segment(SegmentJob(model.name, image.key, given, dtype, image.header), token)
+            job = SegmentJob(model.name, image.key, given, dtype, image.header, image.owner)
+            result = await self._engine.segment(job, token)
         except SegrpcError as error:
             raise convert.in_request_terms(error) from error.__cause__
         context.call.computed("segment", model.name, result.times, asked)
@@ -84,7 +86,7 @@ class SegmentationServicer(SegmentationServiceServicer):
         image = await find_image(self._images, context.principal.name, request.image, "image")
         if not model.metadata.embeddings:
             raise CapabilityMissingError(f"model {model.name!r} has no embeddings")
-        job = EncodeJob(model.name, image.key, image.data, request.return_image_embedding, dtype)
+        job = EncodeJob(model.name, image.key, image.data, request.return_image_embedding, dtype, image.owner)
         asked = time.perf_counter()
         result = await self._engine.encode(job, token)
         context.call.computed("encode", model.name, result.times, asked)

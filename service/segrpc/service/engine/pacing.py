@@ -1,0 +1,222 @@
+"""Admission to a device: what runs or waits in each of its lanes, how long that takes, and whether more makes sense.
+
+Each lane has a queue of its own, so that a heap of images to encode keeps nobody from clicking. Work is refused when it
+comes rather than dropped when it is late: when its lane has as many works as may wait, or when those before it leave it
+no time until its deadline. What a work takes is learned from those that were done.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from segrpc.service.admission.limits import share_of
+from segrpc.service.engine.backend import Backend
+from segrpc.service.engine.base import CancelToken, EngineOptions, StageTimes
+from segrpc.service.engine.work import DecodeWork, EncodeWork, PredictWork, Work
+from segrpc.service.errors import OverloadedError
+
+RETRY_AFTER = 1.0  # seconds, at least: about as long as an image takes to encode on a CPU
+WINDOW = 16  # works over which the time of one is averaged: as many as a model that batches may get together
+
+Kind: TypeAlias = tuple[type[Work], str]  # the kind of work, and the model
+
+
+class Costs:
+    """What one unit of each kind of work takes, on average, in seconds; 0 as long as none was done."""
+
+    def __init__(self) -> None:
+        self._means: dict[Kind, tuple[float, int]] = {}
+
+    def of(self, kind: Kind) -> float:
+        """Return what a unit takes."""
+        return self._means.get(kind, (0.0, 0))[0]
+
+    def learn(self, kind: Kind, seconds: float) -> None:
+        """Take note of what a unit took."""
+        mean, count = self._means.get(kind, (0.0, 0))
+        count = min(count + 1, WINDOW)
+        self._means[kind] = mean + (seconds - mean) / count, count
+
+
+@dataclass(eq=False, frozen=True, slots=True)
+class Place:
+    """A work's place in a queue.
+
+    Attributes:
+        work: The work.
+        owner: Whose it is.
+        cost: What it was expected to take when it came, in seconds.
+        entered: When that was.
+    """
+
+    work: Work
+    owner: str
+    cost: float
+    entered: float
+
+
+class Queue:
+    """What runs or waits in one lane of a device. Lives on the event loop.
+
+    Args:
+        setting: The setting that limits it, for messages.
+        most: How many works there may be.
+        share: The part of them that one owner may have; an owner's name is empty where callers are not identified.
+        clock: Gives the time in seconds, for tests.
+
+    Attributes:
+        costs: What was learned of works.
+    """
+
+    def __init__(
+        self, setting: str, most: int, share: float = 1.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._setting = setting
+        self._most, self._most_of_one = most, share_of(most, share)
+        self._clock = clock
+        self.costs = Costs()
+        self._places: dict[Place, None] = {}  # in the order of coming
+        self._owned: Counter[str] = Counter()
+        self._backlog = 0.0
+        self._left = -float("inf")  # when the last work was done
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @property
+    def wait(self) -> float:
+        """How long all that is here will probably take, in seconds."""
+        head = next(iter(self._places), None)
+        if head is None:
+            return 0.0
+        done = min(head.cost, self._clock() - max(self._left, head.entered))
+        return max(0.0, self._backlog - done)
+
+    def cost(self, work: Work) -> float:
+        """Return what a work will probably take, in seconds."""
+        return self.costs.of(_kind(work)) * _units(work)
+
+    def check(self, cost: float, owner: str, token: CancelToken) -> None:
+        """Look whether a work makes sense now.
+
+        Args:
+            cost: What it will take, in seconds.
+            owner: Whose it is.
+            token: Says when it must be done.
+
+        Raises:
+            OverloadedError: If there are too many works, altogether or of this owner, or no time is left.
+        """
+        count, own = len(self._places), self._owned[owner]
+        if owner and own >= self._most_of_one:
+            text = f"{owner!r} may have {self._most_of_one} jobs that run or wait ({self._setting}), and has {own}"
+            raise OverloadedError(f"{text}; try again", self._until_one_is_done())
+        if count >= self._most:
+            text = f"{count} jobs are running or waiting already, as many as may ({self._setting})"
+            raise OverloadedError(f"{text}; try again", self._until_one_is_done())
+        remaining = token.remaining()
+        # Nothing is refused for its own cost alone: what is never done again could never turn out to be quicker.
+        if remaining is None or not count:
+            return
+        wait = self.wait
+        if wait + cost > remaining:
+            raise OverloadedError(
+                f"the deadline is in {remaining:.2g} s, but the {count} jobs before this one will take {wait:.2g} s "
+                f"and itself {cost:.2g} s; try again with more time, or later",
+                max(RETRY_AFTER, wait + cost - remaining),
+            )
+
+    def enter(self, work: Work, owner: str) -> Place:
+        """Put a work at the end, whatever the limits."""
+        place = Place(work, owner, self.cost(work), self._clock())
+        self._places[place] = None
+        self._owned[owner] += 1
+        self._backlog += place.cost
+        return place
+
+    def leave(self, place: Place, seconds: float) -> None:
+        """Take a work out.
+
+        Args:
+            place: What `enter` returned.
+            seconds: How long it was worked on, if it was done; 0 if not.
+        """
+        del self._places[place]
+        self._backlog = self._backlog - place.cost if self._places else 0.0  # and no error of rounding adds up
+        self._owned[place.owner] -= 1
+        if not self._owned[place.owner]:
+            del self._owned[place.owner]
+        if seconds > 0:
+            now = self._clock()
+            # Works that were done together each took all the time, but delayed others by only their part of it.
+            delay = min(seconds, now - max(self._left, place.entered))
+            self.costs.learn(_kind(place.work), delay / _units(place.work))
+            self._left = now
+
+    def _until_one_is_done(self) -> float:
+        return max(RETRY_AFTER, self.wait / max(1, len(self._places)))
+
+
+class Device:
+    """A backend, and the queues of its lanes. Used on the event loop.
+
+    Args:
+        backend: Does the work.
+        options: How many works may run or wait.
+    """
+
+    def __init__(self, backend: Backend, options: EngineOptions) -> None:
+        self.backend = backend
+        self.decodes = Queue("max_pending_decodes", options.max_pending_decodes, options.principal_share)
+        self.encodes = Queue("max_pending_encodes", options.max_pending_encodes, options.principal_share)
+
+    def check(self, kind: Kind, owner: str, token: CancelToken) -> None:
+        """Look whether a work makes sense, before anything is done for it.
+
+        Raises:
+            OverloadedError: If not.
+        """
+        queue = self._queue(kind[0])
+        queue.check(queue.costs.of(kind), owner, token)
+
+    def admit(self, work: Work, owner: str, token: CancelToken) -> Place:
+        """Give a work its place, to be used by `run` without a step in between that may fail.
+
+        Raises:
+            OverloadedError: If it makes no sense now.
+        """
+        queue = self._queue(type(work))
+        queue.check(queue.cost(work), owner, token)
+        return queue.enter(work, owner)
+
+    def enter(self, work: Work, owner: str) -> Place:
+        """Give a work its place whatever the limits: it follows another that was admitted, or takes no time."""
+        return self._queue(type(work)).enter(work, owner)
+
+    async def run(self, place: Place, token: CancelToken) -> Any:
+        """Do a work; see `Backend.run`. Its place is free when the work has ended, also when nobody waits any more."""
+        seconds = 0.0
+        try:
+            result = await self.backend.run(place.work, token)
+            seconds = _seconds(result.times)
+            return result
+        finally:
+            self._queue(type(place.work)).leave(place, seconds)
+
+    def _queue(self, kind: type[Work]) -> Queue:
+        return self.encodes if issubclass(kind, EncodeWork | PredictWork) else self.decodes
+
+
+def _kind(work: Work) -> Kind:
+    return type(work), work.model
+
+
+def _units(work: Work) -> int:
+    """How many times a work does what is alike."""
+    return max(1, work.input.num_prompts) if isinstance(work, DecodeWork | PredictWork) else 1
+
+
+def _seconds(times: StageTimes) -> float:
+    return times.decode_image + times.encode_image + times.decode_mask + times.postprocess
