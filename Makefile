@@ -20,7 +20,7 @@ BASE ?= $(shell git describe --tags --abbrev=0 2>/dev/null || echo main)
 FUZZ_SECONDS ?= 300
 FUZZ_TARGETS := counts images messages sources tensors
 
-# Of `make soak` and `make chaos`.
+# Of `make soak`, `make overload` and `make chaos`, whose results go into reliability-results/.
 SECONDS ?= 600
 # The model of the long runs: sam2, grabcut or light; without it the run's own.
 MODEL ?=
@@ -33,7 +33,7 @@ KUSTOMIZE ?= $(if $(shell command -v kubectl),kubectl kustomize,$(if $(shell com
 VALIDATE := $(BIN)/kubernetes-validate --kubernetes-version $(KUBERNETES) --strict --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-large fuzz soak lint lint-deploy audit fix protos check-protos bench serve clean
+.PHONY: help setup demo test test-large fuzz soak overload chaos lint lint-deploy audit fix protos check-protos bench serve clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,8 +64,14 @@ fuzz: $(INSTALLED) ## fuzz each target for FUZZ_SECONDS=300, guided by coverage;
 	  do $(BIN)/python -m tests.fuzz $$target --seconds $(FUZZ_SECONDS) || failed="$$failed $$target"; done; \
 	  test -z "$$failed" || { echo "failed:$$failed; see fuzz-results/"; exit 1; }
 
-soak: $(INSTALLED) ## work on a server for SECONDS=600 with 64 sessions, into reliability-results/ (MODEL=sam2|grabcut|light)
+soak: $(INSTALLED) ## edit in 64 sessions and call beside them for SECONDS=600 (MODEL=sam2|grabcut|light)
 	$(BIN)/python -m tests.reliability soak --seconds $(SECONDS) $(if $(MODEL),--model $(MODEL))
+
+overload: $(INSTALLED) ## ask for twice of what a server can do, SECONDS=600 in all
+	$(BIN)/python -m tests.reliability overload --seconds $(SECONDS) $(if $(MODEL),--model $(MODEL))
+
+chaos: $(INSTALLED) ## kill workers and cut connections while sessions edit, for SECONDS=600
+	$(BIN)/python -m tests.reliability chaos --seconds $(SECONDS) $(if $(MODEL),--model $(MODEL))
 
 lint: $(INSTALLED) ## check format, lint, types and the direction of imports
 	$(BIN)/ruff format --check .
