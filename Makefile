@@ -20,6 +20,11 @@ BASE ?= $(shell git describe --tags --abbrev=0 2>/dev/null || echo main)
 FUZZ_SECONDS ?= 300
 FUZZ_TARGETS := counts images messages sources tensors
 
+# Of `make soak`, `make overload` and `make chaos`, whose results go into reliability-results/.
+SECONDS ?= 600
+# The model of the long runs: sam2, grabcut or light; without it the run's own.
+MODEL ?=
+
 DEPLOY := service/deploy
 MANIFESTS := $(filter-out %/kustomization.yaml,$(wildcard $(DEPLOY)/kustomize/base/*.yaml))
 # The oldest Kubernetes that the manifests are for. kubectl is used if it is there: it is in no registry of packages.
@@ -28,7 +33,7 @@ KUSTOMIZE ?= $(if $(shell command -v kubectl),kubectl kustomize,$(if $(shell com
 VALIDATE := $(BIN)/kubernetes-validate --kubernetes-version $(KUBERNETES) --strict --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-large fuzz lint lint-deploy audit fix protos check-protos bench serve clean
+.PHONY: help setup demo test test-large fuzz soak overload chaos lint lint-deploy audit fix protos check-protos bench serve clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +63,15 @@ fuzz: $(INSTALLED) ## fuzz each target for FUZZ_SECONDS=300, guided by coverage;
 	@failed=; for target in $(FUZZ_TARGETS); \
 	  do $(BIN)/python -m tests.fuzz $$target --seconds $(FUZZ_SECONDS) || failed="$$failed $$target"; done; \
 	  test -z "$$failed" || { echo "failed:$$failed; see fuzz-results/"; exit 1; }
+
+soak: $(INSTALLED) ## edit in 64 sessions and call beside them for SECONDS=600 (MODEL=sam2|grabcut|light)
+	$(BIN)/python -m tests.reliability soak --seconds $(SECONDS) $(if $(MODEL),--model $(MODEL))
+
+overload: $(INSTALLED) ## ask for twice of what a server can do, SECONDS=600 in all
+	$(BIN)/python -m tests.reliability overload --seconds $(SECONDS) $(if $(MODEL),--model $(MODEL))
+
+chaos: $(INSTALLED) ## kill workers and cut connections while sessions edit, for SECONDS=600
+	$(BIN)/python -m tests.reliability chaos --seconds $(SECONDS) $(if $(MODEL),--model $(MODEL))
 
 lint: $(INSTALLED) ## check format, lint, types and the direction of imports
 	$(BIN)/ruff format --check .
@@ -126,4 +140,4 @@ serve: $(INSTALLED) ## serve the GrabCut model on 127.0.0.1:50051 (ARGS=... adds
 	$(BIN)/segrpc-server serve $(ARGS)
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) dist demo-output bench-results fuzz-results .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist demo-output bench-results fuzz-results reliability-results .pytest_cache .mypy_cache .ruff_cache .hypothesis

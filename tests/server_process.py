@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -73,6 +74,19 @@ class ServerProcess:
                 raise AssertionError(f"the server did not settle: {stats}\n{self.log_text()[-4000:]}")
         return stats
 
+    def settle(self, before: Mapping[str, Any], seconds: float = 30.0) -> None:
+        """Wait until the server holds no more than before, as `stats` tells."""
+        self.wait_for(
+            lambda stats: (
+                stats["engine"]["pending"] == 0
+                and all(
+                    stats[key] <= before[key] for key in ("calls", "sessions", "attached_sessions", "session_bytes")
+                )
+                and stats["tasks"] <= before["tasks"]
+            ),
+            seconds,
+        )
+
     def worker_pids(self) -> list[int]:
         """The processes that the server started and that still run."""
         children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
@@ -82,9 +96,18 @@ class ServerProcess:
         """The memory that the process holds."""
         return _resident_bytes(self.process.pid)
 
+    def peak_bytes(self) -> int:
+        """The most memory that the process ever held."""
+        lines = Path(f"/proc/{self.process.pid}/status").read_text("ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
     def worker_resident_bytes(self) -> int:
-        """The memory that its workers hold."""
-        return sum(map(_resident_bytes, self.worker_pids()))
+        """The memory that its workers hold; of those that end meanwhile, nothing."""
+        total = 0
+        for pid in self.worker_pids():
+            with suppress(FileNotFoundError, ProcessLookupError):
+                total += _resident_bytes(pid)
+        return total
 
     def terminate(self) -> None:
         """Ask it to stop, as an operator would; does not wait."""

@@ -1,11 +1,6 @@
 """Servers for black-box tests: real processes, asked over real sockets."""
 
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import grpc
 import pytest
@@ -13,6 +8,7 @@ import pytest
 from tests.checkpoints import write_checkpoint
 from tests.photos import photo_bytes
 from tests.server_process import ServerProcess, connect
+from tests.third_party import install
 
 
 @pytest.fixture(scope="session")
@@ -33,24 +29,8 @@ def sam2_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProc
 
 @pytest.fixture(scope="session")
 def third_party(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment in which the package of third-party models is installed, by pip."""
-    folder = tmp_path_factory.mktemp("third-party")
-    source = Path(__file__).parent.parent / "data" / "third_party"
-    shutil.copytree(source, folder / "source")
-    options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check"]
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        *options,
-        "--target",
-        str(folder / "site"),
-        str(folder / "source"),
-    ]
-    subprocess.run(install, check=True)
-    found = [str(folder / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {"PYTHONPATH": os.pathsep.join(found)}
+    """The environment in which the package of third-party models is installed."""
+    return install(tmp_path_factory.mktemp("third-party"))
 
 
 @pytest.fixture(scope="session")

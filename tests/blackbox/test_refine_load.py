@@ -82,23 +82,6 @@ def models(tmp_path_factory: pytest.TempPathFactory, third_party: dict[str, str]
         yield Models(process, gate)
 
 
-def settle(server: ServerProcess, before: dict[str, Any]) -> None:
-    """Wait until the server holds no more than before."""
-    server.wait_for(
-        lambda stats: (
-            stats["engine"]["pending"] == 0
-            and all(stats[key] <= before[key] for key in ("calls", "sessions", "attached_sessions", "session_bytes"))
-            and stats["tasks"] <= before["tasks"]
-        )
-    )
-
-
-def peak_bytes(server: ServerProcess) -> int:
-    """The most memory that the process of the front ever held."""
-    lines = Path(f"/proc/{server.process.pid}/status").read_text("ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-
-
 # A worker that is killed
 
 STREAMS, EDITS = 32, 3
@@ -162,7 +145,7 @@ def test_no_stream_notices_that_the_worker_is_killed(grabcut_server: ServerProce
     with connect(server) as first, connect(server) as second, ThreadPoolExecutor(STREAMS) as threads:
         # Once without streams, so that what is made only once is there.
         assert len(refine(first, 0, Progress())) == EDITS
-        settle(server, {**server.stats(), "calls": 0, "sessions": 0, "attached_sessions": 0, "session_bytes": 0})
+        server.settle({**server.stats(), "calls": 0, "sessions": 0, "attached_sessions": 0, "session_bytes": 0})
         before, resident = server.stats(), server.resident_bytes()
         live = [threads.submit(refine, (first, second)[i % 2], i, progress) for i in range(STREAMS)]
         for third in (1, 2, 3):
@@ -172,11 +155,11 @@ def test_no_stream_notices_that_the_worker_is_killed(grabcut_server: ServerProce
             server.wait_for(lambda stats, pid=pid: pid not in stats["engine"]["worker_pids"])  # type: ignore[misc]
         outcomes = [one.result() for one in live]
         assert server.stats()["engine"]["worker_restarts"] == before["engine"]["worker_restarts"] + 3
-        settle(server, before)
+        server.settle(before)
         assert server.resident_bytes() < resident + 256 * MiB
         checks = [threads.submit(check, (first, second)[i % 2], i, outcomes[i]) for i in range(STREAMS)]
         assert sum(one.result() for one in checks) >= STREAMS * EDITS * 3 // 4
-    settle(server, before)
+    server.settle(before)
 
 
 def check(channel: grpc.Channel, number: int, answers: list[RefineResponse]) -> int:
@@ -233,7 +216,7 @@ def test_two_sessions_never_see_each_others_image(models: Models) -> None:
             assert as_bytes(answer.result.prediction) == as_bytes(expected.result.prediction)
             assert answer.result.rounds == expected.result.rounds
     assert as_bytes(alone[0][-1].result.prediction) != as_bytes(alone[1][-1].result.prediction)
-    settle(models.server, before)
+    models.server.settle(before)
 
 
 # Clients that do not read
@@ -257,7 +240,7 @@ def test_a_client_that_does_not_read_is_waited_for(models: Models) -> None:
     )
     with connect(models.server, *NARROW) as channel, connect(models.server) as other:
         call_others(other, 2)
-        decodes, peak = models.gate.decodes, peak_bytes(models.server)
+        decodes, peak = models.gate.decodes, models.server.peak_bytes()
         with RefineStream(channel, config) as stream:
             stream.opened()
             for i in range(count):
@@ -270,7 +253,7 @@ def test_a_client_that_does_not_read_is_waited_for(models: Models) -> None:
             call_others(other, others)
             ahead = models.gate.decodes - decodes - others
             assert 0 < ahead < 100
-            assert peak_bytes(models.server) < peak + 64 * MiB
+            assert models.server.peak_bytes() < peak + 64 * MiB
             answers = [stream.next() for _ in range(count)]
             assert [answer.applied_seq for answer in answers] == [2 * i + 2 for i in range(count)]
             assert [answer.result.shown_revision for answer in answers] == list(range(1, count + 1))
@@ -280,7 +263,7 @@ def test_a_client_that_does_not_read_is_waited_for(models: Models) -> None:
             stream.finish()
             assert stream.rest() == []
         assert models.gate.decodes == decodes + others + count
-    settle(models.server, before)
+    models.server.settle(before)
 
 
 def test_stale_results_are_not_sent_to_a_client_that_does_not_read(models: Models) -> None:
@@ -311,7 +294,7 @@ def test_stale_results_are_not_sent_to_a_client_that_does_not_read(models: Model
         assert told[-1].shown_revision == last
         rounds: list[Round] = [one for result in told for one in result.rounds]
         assert [len(one.prompt.points) for one in rounds] == list(range(1, count + 1))
-    settle(models.server, before)
+    models.server.settle(before)
 
 
 def test_rejections_wait_for_the_reader(models: Models) -> None:
@@ -334,7 +317,7 @@ def test_rejections_wait_for_the_reader(models: Models) -> None:
             assert stream.result().shown_revision == 0
             stream.finish()
             assert stream.rest() == []
-    settle(models.server, before)
+    models.server.settle(before)
 
 
 def test_masks_that_do_not_fit_are_let_go_at_once(models: Models) -> None:
@@ -347,7 +330,7 @@ def test_masks_that_do_not_fit_are_let_go_at_once(models: Models) -> None:
         models.gate.hold("decode")
         stream.edit(add_points=points((10, 10)))
         models.gate.wait_until_held("decode")
-        peak = peak_bytes(models.server)
+        peak = models.server.peak_bytes()
         for i in range(count):
             stream.edit(set_mask=wrong[i % 2])
         stream.barrier()  # all of them wait in the server
@@ -356,7 +339,7 @@ def test_masks_that_do_not_fit_are_let_go_at_once(models: Models) -> None:
         for i in range(count):
             (violation,) = stream.rejected().violations
             assert violation.field == ("edit.set_mask", "edit.set_mask.data")[i % 2]
-        assert peak_bytes(models.server) < peak + 128 * MiB
+        assert models.server.peak_bytes() < peak + 128 * MiB
         stream.finish()
         assert stream.rest() == []
-    settle(models.server, before)
+    models.server.settle(before)
