@@ -7,6 +7,7 @@ from typing import Any, get_args
 import pytest
 from pydantic import ValidationError
 
+from segrpc.service.errors import ConfigurationError
 from segrpc.service.models.sam2.catalog import VARIANTS
 from segrpc.service.schemas import ModelDeploymentConfig, violations_of
 from segrpc.service.settings import GiB, MiB, Settings
@@ -274,3 +275,34 @@ def test_tables_and_a_single_model_exclude_each_other(tmp_path: Path, given: dic
 
 def test_two_tables_of_one_name_are_refused(tmp_path: Path) -> None:
     assert "the same name" in wrong(MODELS.replace("second", "first"), folder=tmp_path)[""]
+
+
+# Limits
+
+
+def test_limits_come_from_the_settings() -> None:
+    limits = load(max_streams=7, image_store_bytes="5MiB").limits()
+    assert (limits.max_streams, limits.image_store_bytes, limits.principals) == (7, 5 * MiB, {})
+
+
+def test_one_call_must_fit(tmp_path: Path) -> None:
+    small = load(in_flight_bytes="100MiB")
+    small.check_limits(small.limits())
+    known = load(in_flight_bytes="100MiB", keys_file="/keys.toml")
+    with pytest.raises(ConfigurationError, match=r"a caller may have 52428800 bytes in flight .* may need 67108864"):
+        known.check_limits(known.limits())
+
+
+@pytest.mark.parametrize(("engine", "fits"), [("process", True), ("inline", False)])
+def test_budgets_must_fit_into_the_memory(engine: str, fits: bool) -> None:
+    budgets: dict[str, Any] = {"image_store_bytes": "1GiB", "session_bytes": "1GiB", "in_flight_bytes": "1GiB"}
+    settings = load(memory_bytes="4GiB", engine=engine, **budgets)
+    if fits:
+        settings.check_limits(settings.limits())
+    else:
+        with pytest.raises(
+            ConfigurationError, match=r"memory_bytes is 4294967296, .* embedding_cache_bytes 2147483648"
+        ):
+            settings.check_limits(settings.limits())
+    with pytest.raises(ConfigurationError, match="session_bytes 3221225472"):
+        settings.check_limits(settings.limits().model_copy(update={"session_bytes": 3 * GiB}))

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import BeforeValidator, ByteSize, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-from segrpc.service.admission.limits import Limits
+from segrpc.service.admission.limits import Limits, share_of
 from segrpc.service.engine.factory import EngineKind
 from segrpc.service.engine.logs import LogFormat
 from segrpc.service.errors import ConfigurationError
@@ -24,6 +24,7 @@ from segrpc.service.schemas import FloatType, ModelDeploymentConfig
 
 MiB = 2**20
 GiB = 2**30
+PROCESS_BYTES = 128 * MiB  # about what the server's process takes while it holds nothing
 
 T = TypeVar("T")
 
@@ -105,6 +106,16 @@ class Settings(BaseSettings):
         le=1,
         description="the part that one principal may have of max_requests, max_streams, max_open_sessions, "
         "session_bytes, image_store_bytes, in_flight_bytes and max_pending_*, where callers are identified",
+    )
+    limits_file: Path | None = Field(
+        None,
+        description="TOML file of limits for all and for single principals, stronger than these; read when it changes",
+    )
+    memory_bytes: ByteSize = Field(
+        ByteSize(0),
+        ge=0,
+        description="memory that the server's own process may hold; above it, images known by digest are let go, then "
+        "uploads, large messages and sessions are refused; the budgets must fit into it. 0: no such limit",
     )
     image_store_bytes: ByteSize = Field(ByteSize(1 * GiB), gt=0, description="memory for images known by digest")
     embedding_cache_bytes: ByteSize = Field(
@@ -231,6 +242,35 @@ class Settings(BaseSettings):
             raise ConfigurationError(
                 f"{self.listen} can be reached from other machines, but there is no {' and no '.join(missing)}; "
                 "set them, listen on 127.0.0.1, or give --insecure to let anybody in"
+            )
+
+    def check_limits(self, limits: Limits) -> None:
+        """Look whether limits leave room for what a single call may bring, and fit into the memory.
+
+        Raises:
+            ConfigurationError: If not.
+        """
+        needed = max(self.max_message_bytes, self.max_image_bytes)
+        share = share_of(limits.in_flight_bytes, limits.principal_share if self.identifies else 1.0)
+        if share < needed:
+            raise ConfigurationError(
+                f"a caller may have {share} bytes in flight (in_flight_bytes, principal_share), but one call may need "
+                f"{needed} (max_message_bytes, max_image_bytes)"
+            )
+        parts = {
+            "the process itself": PROCESS_BYTES,
+            "image_store_bytes": limits.image_store_bytes,
+            "session_bytes": limits.session_bytes,
+            "in_flight_bytes": limits.in_flight_bytes,
+        }
+        if self.engine == "inline":
+            parts["embedding_cache_bytes"] = self.embedding_cache_bytes
+            parts["host_embedding_cache_bytes"] = self.host_embedding_cache_bytes
+        if self.memory_bytes and sum(parts.values()) > self.memory_bytes:
+            listed = ", ".join(f"{name} {size}" for name, size in parts.items())
+            raise ConfigurationError(
+                f"memory_bytes is {self.memory_bytes}, but the budgets are {sum(parts.values())} together: {listed}; "
+                "make them smaller, or allow more"
             )
 
     def limits(self) -> Limits:

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from threading import Lock
 
 from segrpc.service.admission.limits import Limits, Resource
+from segrpc.service.admission.memory import MemoryGuard
 from segrpc.service.errors import OverloadedError
 
 # Seconds after which another try makes sense: streams and sessions end when people are done, not in milliseconds.
 _RETRY_AFTER = {Resource.STREAMS: 5.0, Resource.SESSIONS: 5.0, Resource.SESSION_BYTES: 5.0}
 _DEFAULT_RETRY_AFTER = 1.0
+
+BIG_BYTES = 256 * 1024  # more in flight is asked of the guard of the memory; less is a click
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +56,15 @@ class Ledger:
 
     Args:
         limits: How much may be taken.
+        memory: Asked before a session, or much in flight, is taken. Default: nobody is.
 
     Attributes:
         limits: The same; may be replaced at any time. What is taken already stays taken.
     """
 
-    def __init__(self, limits: Limits | None = None) -> None:
+    def __init__(self, limits: Limits | None = None, memory: MemoryGuard | None = None) -> None:
         self.limits = limits or Limits()
+        self._memory = memory
         self._totals = dict.fromkeys(Resource, 0)
         self._owned: dict[tuple[Resource, str], int] = {}
         self._lock = Lock()
@@ -68,8 +73,11 @@ class Ledger:
         """Take some, to be given back by `add` with the negative amount; see `held` too.
 
         Raises:
-            OverloadedError: If the owner, or all together, would have more than allowed.
+            OverloadedError: If the owner, or all together, would have more than allowed, or the memory is used up.
         """
+        big = resource is Resource.SESSIONS or (resource is Resource.IN_FLIGHT_BYTES and amount > BIG_BYTES)
+        if big and self._memory is not None:
+            self._memory.check()
         with self._lock:
             refusal = self._refusal(resource, owner, amount)
             if refusal is None:
@@ -104,6 +112,11 @@ class Ledger:
         """Return how much an owner has, or all together."""
         with self._lock:
             return self._totals[resource] if owner is None else self._owned.get((resource, owner), 0)
+
+    def taken(self) -> dict[str, int]:
+        """Return how much all have together, by the names of the limits."""
+        with self._lock:
+            return {str(resource): amount for resource, amount in self._totals.items()}
 
     def _refusal(self, resource: Resource, owner: str, amount: int) -> Refusal | None:
         if owner:

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from enum import StrEnum
 from functools import cached_property
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
+
+from segrpc.service.identity.principal import KINDS
 
 MiB = 2**20
 GiB = 2**30
@@ -88,6 +90,15 @@ class Limits(BaseModel):
         own = self.principals.get(owner)
         given = None if own is None else getattr(own, resource)
         return self._shares[resource] if given is None else min(given, self.of_all(resource))
+
+    @field_validator("principals")
+    @classmethod
+    def _check_names(cls, principals: Mapping[str, Allowance]) -> Mapping[str, Allowance]:
+        for name in principals:
+            kind, colon, rest = name.partition(":")
+            if kind not in KINDS or not colon or not rest:
+                raise ValueError(f"{name!r} must be a principal's whole name, such as key:alice or jwt:4711")
+        return principals
 
     @cached_property
     def _shares(self) -> dict[Resource, int]:

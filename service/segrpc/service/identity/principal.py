@@ -6,6 +6,7 @@ from typing import Final
 from segrpc.service.errors import CredentialInvalidError, MethodNotAllowedError, ModelNotAllowedError
 
 MAX_NAME = 256  # characters
+KINDS: Final = ("key", "jwt", "certificate")  # of credentials, which names begin with
 
 
 @dataclass(frozen=True, slots=True)

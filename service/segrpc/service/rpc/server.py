@@ -13,6 +13,9 @@ from grpc_reflection.v1alpha import reflection
 from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest, ServerReflectionResponse
 
 from segrpc.service.admission.ledger import Ledger
+from segrpc.service.admission.limits import Limits, Resource
+from segrpc.service.admission.limits_file import read_limits
+from segrpc.service.admission.memory import MemoryGuard
 from segrpc.service.engine.base import Engine
 from segrpc.service.errors import ConfigurationError
 from segrpc.service.identity.authenticator import Authenticator
@@ -80,6 +83,21 @@ def authenticator(settings: Settings) -> Authenticator:
     return Authenticator(keys, tokens, certificates=settings.tls_client_ca is not None)
 
 
+def watched_limits(settings: Settings) -> Watched[Limits] | None:
+    """Make what reads the file of limits again when it changes; None without one.
+
+    Raises:
+        ConfigurationError: If it cannot be read, or is not what it should be.
+    """
+    file = settings.limits_file
+    if file is None:
+        return None
+    return _usable(
+        f"limits_file {file}",
+        lambda: Watched([file], lambda: read_limits(file, settings.limits(), settings.check_limits)),
+    )
+
+
 def _key_source(settings: Settings) -> KeySource:
     if "://" in settings.jwt_jwks:
         return JwksUrl(settings.jwt_jwks, settings.jwt_refresh_seconds)
@@ -106,14 +124,19 @@ class Server:
 
     def __init__(self, settings: Settings, engine: Engine) -> None:
         settings.check_security()
+        settings.check_limits(settings.limits())
         self._settings = settings
         self._engine = engine
         self._telemetry = Telemetry(TelemetryOptions(settings.metrics_listen), self.stats)
-        self._ledger = Ledger(settings.limits())
+        self._limits = watched_limits(settings)
+        self._memory = MemoryGuard(settings.memory_bytes) if settings.memory_bytes else None
+        self._ledger = Ledger(settings.limits() if self._limits is None else self._limits.get(), self._memory)
         self._boundary = Boundary(authenticator(settings), self._ledger, self._telemetry.observers)
         lifetimes = Lifetimes(settings.session_idle_seconds, settings.session_detached_seconds)
         self._sessions = SessionStore(self._ledger, lifetimes)
         self._store = ImageStore(self._ledger)
+        if self._memory is not None:
+            self._memory.add_cache(self._store.shrink)
         self._health = health.aio.HealthServicer()
         self._services = self._make_services()
         self._follower: asyncio.Task[None] | None = None
@@ -253,11 +276,15 @@ class Server:
         )
 
     async def _sweep(self) -> None:
-        """End the sessions whose time is over, soon after it is."""
+        """End the sessions whose time is over; look at the file of limits and at the memory. Once a second or more."""
         shortest = min(self._settings.session_idle_seconds, self._settings.session_detached_seconds)
         while True:
             await asyncio.sleep(min(1.0, shortest / 4))
             self._sessions.expire()
+            if self._limits is not None:
+                self._ledger.limits = self._limits.get()
+            if self._memory is not None:
+                self._memory.relieve()
 
     def stats(self) -> Statistics:
         """Report what is held at the moment."""
@@ -269,6 +296,8 @@ class Server:
             images=len(self._store),
             image_bytes=self._store.nbytes,
             tasks=len(asyncio.all_tasks()),
+            taken=self._ledger.taken(),
+            limits={str(resource): self._ledger.limits.of_all(resource) for resource in Resource},
             engine=self._engine.stats(),
         )
 

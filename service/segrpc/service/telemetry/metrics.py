@@ -5,7 +5,7 @@ Labels have few values: methods, models, lanes, stages, statuses, devices. Never
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from segrpc.service.telemetry.call import STAGES, Call, Computation, Observer
 from segrpc.service.telemetry.instruments import Counter, Description, Family, Histogram
@@ -131,7 +131,7 @@ def held(now: Statistics) -> list[Family]:
     def count(name: str, unit: str, description: str, value: float) -> Family:
         return Family(name, "counter", unit, description, (), (((), value),))
 
-    def each(name: str, unit: str, description: str, label: str, values: dict[str, int]) -> Family:
+    def each(name: str, unit: str, description: str, label: str, values: Mapping[str, int]) -> Family:
         points = tuple(((key,), value) for key, value in values.items())
         return Family(name, "gauge", unit, description, (label,), points)
 
@@ -145,6 +145,8 @@ def held(now: Statistics) -> list[Family]:
         one("segrpc.session.memory", "By", "What sessions take: logits, masks, prompts.", now.session_bytes),
         one("segrpc.image_store.entries", "{image}", "Images known by digest.", now.images),
         one("segrpc.image_store.memory", "By", "What they take.", now.image_bytes),
+        each("segrpc.limit.taken", "1", "How much is taken of what is limited.", "segrpc.limit", now.taken),
+        each("segrpc.limit.allowed", "1", "How much of it may be.", "segrpc.limit", now.limits),
         one("segrpc.jobs.pending", "{job}", "Jobs that run or wait.", engine.pending),
         each("segrpc.lane.depth", "{work}", "Works that run or wait, by lane.", "segrpc.lane", lanes),
         each("segrpc.embedding_cache.entries", "{image}", "Embeddings at hand.", "segrpc.tier", tiers),

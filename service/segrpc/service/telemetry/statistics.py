@@ -1,5 +1,6 @@
 """What a server holds at the moment."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from segrpc.service.engine.base import EngineStats
@@ -17,6 +18,8 @@ class Statistics:
         images: Images that are known by their digest.
         image_bytes: Their size in bytes.
         tasks: Tasks of the event loop.
+        taken: How much is taken of what is limited, by the names of the limits.
+        limits: How much of it may be.
         engine: What the engine holds.
     """
 
@@ -27,4 +30,6 @@ class Statistics:
     images: int
     image_bytes: int
     tasks: int
+    taken: Mapping[str, int]
+    limits: Mapping[str, int]
     engine: EngineStats
