@@ -156,6 +156,11 @@ class Settings(BaseSettings):
     fetch_timeout: Seconds = Field(10.0, gt=0, description="seconds for fetching an image by URL")
 
     reflection: bool = Field(True, description="answer gRPC server reflection")
+    stall_seconds: Seconds = Field(
+        60.0,
+        gt=0,
+        description="how long a stream may wait for its client: for the config, a chunk, an answer to be read",
+    )
     drain_seconds: Seconds = Field(30.0, ge=0, description="how long calls in progress may take after SIGTERM")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
     log_format: LogFormat = Field("text", description="text, or json: an object in each line")

@@ -99,11 +99,10 @@ class RefineStream:
             await _cancel([opening, draining])
 
     async def _first(self) -> refine_pb2.RefineConfig:
-        async for request in self._requests:
-            if request.WhichOneof("payload") != "config":
-                break
-            return request.config
-        raise ConfigNotFirstError("the first message must be the config")
+        request = await self._services.patience.read(self._requests, "the config")
+        if request is None or request.WhichOneof("payload") != "config":
+            raise ConfigNotFirstError("the first message must be the config")
+        return request.config
 
     async def _attach(self, config: refine_pb2.RefineConfig) -> Attachment:
         convert.check_name("config.request_id", config.request_id)
@@ -159,14 +158,14 @@ class RefineStream:
             upload = Upload(header.size, header.digest, limits.max_image_bytes, limits.max_chunk_bytes)
             with self._services.ledger.held(Resource.IN_FLIGHT_BYTES, self._owner, header.size):
                 while not upload.complete:
-                    request = await anext(self._requests, None)
+                    request = await self._services.patience.read(self._requests, "a chunk of the image")
                     payload = None if request is None else request.WhichOneof("payload")
                     if payload == "config":
                         raise ConfigNotFirstError(CONFIG_ONCE)
                     if request is None or payload != "image":
                         raise ChunkOffsetError(f"the image is not complete: {upload.received} of {header.size} bytes")
                     upload.add(request.image.offset, request.image.data)
-                    await self._context.write(refine_convert.upload_progress(upload.received))
+                    await self._send(refine_convert.upload_progress(upload.received))
                 return await asyncio.to_thread(lambda: self._services.images.from_data(self._owner, upload.finish()))
         except InvalidFieldError as error:
             raise refine_convert.upload_terms(error) from None
@@ -310,7 +309,10 @@ class RefineStream:
                 response = await asyncio.to_thread(work) if is_png else work()
             else:
                 response = item
-            await self._context.write(response)
+            await self._send(response)
+
+    async def _send(self, response: refine_pb2.RefineResponse) -> None:
+        await self._services.patience.write(self._context, response)
 
     async def _watch(self, session: Session, outbox: Outbox) -> None:
         await self._services.draining.wait()

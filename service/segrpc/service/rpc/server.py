@@ -28,6 +28,7 @@ from segrpc.service.images.library import ImageLibrary
 from segrpc.service.images.sources import SourcePolicy
 from segrpc.service.images.store import ImageStore
 from segrpc.service.rpc.interceptors import Boundary
+from segrpc.service.rpc.patience import Patience
 from segrpc.service.rpc.servicer import ModelServicer, SegmentationServicer
 from segrpc.service.rpc.services import Services
 from segrpc.service.rpc.tls import tls_credentials
@@ -272,6 +273,7 @@ class Server:
             ledger=self._ledger,
             limits=limits,
             draining=self._boundary.draining,
+            patience=Patience(settings.stall_seconds),
             drain_seconds=settings.drain_seconds,
         )
 

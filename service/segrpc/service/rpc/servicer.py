@@ -103,7 +103,8 @@ class SegmentationServicer(SegmentationServiceServicer):
         self, requests: AsyncIterator[segmentation_service_pb2.UploadImageRequest], context: Context
     ) -> segmentation_service_pb2.UploadImageResponse:
         """Take an image in chunks."""
-        first, owner, limits = await anext(requests, None), context.principal.name, self._limits
+        owner, limits, patience = context.principal.name, self._limits, self._services.patience
+        first = await patience.read(requests, "the header")
         if first is None:
             raise ConfigNotFirstError("the stream ended before its header")
         if first.WhichOneof("payload") != "header":
@@ -111,7 +112,7 @@ class SegmentationServicer(SegmentationServiceServicer):
         header = first.header
         upload = Upload(header.size, header.digest, limits.max_image_bytes, limits.max_chunk_bytes)
         with self._services.ledger.held(Resource.IN_FLIGHT_BYTES, owner, header.size):
-            async for request in requests:
+            while (request := await patience.read(requests, "a chunk of the image")) is not None:
                 if request.WhichOneof("payload") == "header":
                     raise ConfigNotFirstError(HEADER_ONCE)
                 upload.add(request.chunk.offset, request.chunk.data)

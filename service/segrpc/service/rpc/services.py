@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from segrpc.service.admission.ledger import Ledger
 from segrpc.service.engine.base import Engine
 from segrpc.service.images.library import ImageLibrary
+from segrpc.service.rpc.patience import Patience
 from segrpc.service.sessions.current_images import CurrentImages
 from segrpc.service.sessions.store import SessionStore
 from segrpc.v1 import model_service_pb2
@@ -22,6 +23,7 @@ class Services:
         sessions: Holds interactive sessions.
         ledger: Counts who has how much of what.
         limits: What requests must keep to.
+        patience: Waits for clients.
         draining: Set when the server begins to shut down.
         drain_seconds: How long streams may go on after that.
     """
@@ -32,5 +34,6 @@ class Services:
     sessions: SessionStore
     ledger: Ledger
     limits: model_service_pb2.Limits
+    patience: Patience
     draining: asyncio.Event
     drain_seconds: float
