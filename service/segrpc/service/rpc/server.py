@@ -108,7 +108,7 @@ class Server:
         settings.check_security()
         self._settings = settings
         self._engine = engine
-        self._telemetry = Telemetry(TelemetryOptions(settings.metrics_listen), self.stats)
+        self._telemetry = Telemetry(TelemetryOptions(settings.metrics_listen, settings.otlp_endpoint), self.stats)
         self._ledger = Ledger(settings.limits())
         self._boundary = Boundary(authenticator(settings), self._ledger, self._telemetry.observers)
         lifetimes = Lifetimes(settings.session_idle_seconds, settings.session_detached_seconds)
