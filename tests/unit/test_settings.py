@@ -85,6 +85,7 @@ def test_every_option_can_be_given_by_each_source(tmp_path: Path, monkeypatch: p
         "media_root": ["/m"],
         "allowed_host": ["h.example"],
         "principal_share": "0.25",
+        "otlp_endpoint": "http://collector:4318",
     }
     for name, field in Settings.model_fields.items():
         default = field.default
@@ -306,3 +307,28 @@ def test_budgets_must_fit_into_the_memory(engine: str, fits: bool) -> None:
             settings.check_limits(settings.limits())
     with pytest.raises(ConfigurationError, match="session_bytes 3221225472"):
         settings.check_limits(settings.limits().model_copy(update={"session_bytes": 3 * GiB}))
+
+
+@pytest.mark.parametrize(
+    ("given", "listen"),
+    [
+        ("", ""),
+        ("9464", "127.0.0.1:9464"),
+        ("0", "127.0.0.1:0"),
+        ("0.0.0.0:9464", "0.0.0.0:9464"),
+        ("[::1]:0", "[::1]:0"),
+    ],
+)
+def test_metrics_are_on_the_loopback_interface_unless_told(given: str, listen: str) -> None:
+    assert load(metrics_listen=given).metrics_listen == listen
+
+
+@pytest.mark.parametrize("given", ["localhost", "127.0.0.1:99999", ":9464", "127.0.0.1:x", "-1"])
+def test_a_port_for_metrics_that_is_none(given: str) -> None:
+    assert "must be HOST:PORT" in wrong(metrics_listen=given)["metrics_listen"]
+
+
+def test_a_receiver_of_telemetry_is_a_url() -> None:
+    assert load(otlp_endpoint="http://127.0.0.1:4318/").otlp_endpoint == "http://127.0.0.1:4318"
+    for given in ("127.0.0.1:4318", "grpc://collector:4317", "http://"):
+        assert "http or https URL" in wrong(otlp_endpoint=given)["otlp_endpoint"]

@@ -167,6 +167,10 @@ class Settings(BaseSettings):
     metrics_listen: str = Field(
         "", description="address to answer Prometheus on, HOST:PORT, or PORT on 127.0.0.1; default: none"
     )
+    otlp_endpoint: str = Field(
+        "",
+        description="URL to send metrics and traces to, OTLP over HTTP, such as http://127.0.0.1:4318; default: none",
+    )
 
     @field_validator("metrics_listen")
     @classmethod
@@ -183,6 +187,14 @@ class Settings(BaseSettings):
         if not host or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
             raise ValueError(f"{listen!r} must be HOST:PORT with a port of 0 to 65535")
         return listen
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _check_otlp_endpoint(cls, endpoint: str) -> str:
+        url = urlsplit(endpoint)
+        if endpoint and not (url.scheme in ("http", "https") and url.hostname):
+            raise ValueError(f"{endpoint!r} must be an http or https URL, such as http://127.0.0.1:4318")
+        return endpoint.rstrip("/")
 
     @field_validator("jwt_jwks")
     @classmethod

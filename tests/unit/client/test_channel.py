@@ -2,7 +2,7 @@ import grpc
 import pytest
 
 from segrpc.client import AsyncSegmentationClient, SegmentationClient, UnauthenticatedError
-from segrpc.client.channel import Bearer, is_local
+from segrpc.client.channel import CallMetadata, is_local
 
 
 @pytest.mark.parametrize(
@@ -45,10 +45,10 @@ def failing() -> str:
 
 @pytest.mark.parametrize("token", ["", "two words", "líne", "a\nb", failing, lambda: None])
 async def test_a_token_that_cannot_be_had(token: object) -> None:
-    bearer = Bearer(token)  # type: ignore[arg-type]
+    metadata = CallMetadata({"token": token})  # type: ignore[typeddict-item]
     with pytest.raises(UnauthenticatedError) as first:
-        bearer.metadata()
+        metadata.of_call()
     with pytest.raises(UnauthenticatedError) as second:
-        await bearer.metadata_async()
+        await metadata.of_call_async()
     for caught in (first, second):
         assert "two words" not in str(caught.value)

@@ -13,7 +13,7 @@ from segrpc.client.channel import (
     DEFAULT_TARGET,
     DEFAULT_TIMEOUT,
     RECONNECT_SECONDS,
-    Bearer,
+    CallMetadata,
     ConnectionOptions,
     open_channel,
 )
@@ -44,7 +44,7 @@ class AsyncSegmentationClient:
         **connection: Unpack[ConnectionOptions],
     ) -> None:
         self._channel = open_channel(target, connection, grpc.aio)
-        self._bearer = Bearer(connection.get("token"))
+        self._metadata = CallMetadata(connection)
         self._stubs: dict[flow.Service, Any] = {
             "segmentation": SegmentationServiceStub(self._channel),
             "models": ModelServiceStub(self._channel),
@@ -145,7 +145,7 @@ class AsyncSegmentationClient:
         return AsyncRefineSession(self._open_stream, SessionState(source, options, reconnect), seconds)
 
     async def _open_stream(self, requests: AsyncIterator[RefineRequest]) -> Any:
-        return self._stubs["segmentation"].Refine(requests, metadata=await self._bearer.metadata_async())
+        return self._stubs["segmentation"].Refine(requests, metadata=await self._metadata.of_call_async())
 
     async def _run(self, steps: Flow[R], timeout: float | None) -> R:  # noqa: ASYNC109
         """Perform the calls of a flow; the timeout covers all of them."""
@@ -155,7 +155,7 @@ class AsyncSegmentationClient:
             call = next(steps)
             while True:
                 method = getattr(self._stubs[call.service], call.method)
-                metadata = await self._bearer.metadata_async()
+                metadata = await self._metadata.of_call_async()
                 remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
                 try:
                     response = await method(call.request, timeout=remaining, metadata=metadata)

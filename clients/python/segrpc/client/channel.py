@@ -1,6 +1,7 @@
 """How channels are opened, and what every call carries: what both clients share."""
 
 import json
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from ipaddress import ip_address
 from os import PathLike
@@ -13,6 +14,7 @@ from segrpc.client.errors import UnauthenticatedError
 
 Token: TypeAlias = str | Callable[[], str]
 AsyncToken: TypeAlias = Token | Callable[[], Awaitable[str]]
+Metadata: TypeAlias = tuple[tuple[str, str], ...]
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 DEFAULT_TIMEOUT = 60.0  # seconds; a first call on a CPU encodes the image
@@ -54,6 +56,8 @@ class ConnectionOptions(TypedDict, total=False):
     """How to reach a server, and as whom.
 
     Attributes:
+        traceparent: Returns the W3C ``traceparent`` of the next call or stream, or nothing. Default: that of the span
+            which is active, if the program uses OpenTelemetry.
         token: The API key or JSON Web Token that says who calls; or a function that returns it, asked before each call
             and each stream, and so also when a session connects again (for asyncio it may be a coroutine function).
             Refused without TLS, unless the server is on this machine.
@@ -66,6 +70,7 @@ class ConnectionOptions(TypedDict, total=False):
     """
 
     token: AsyncToken | None
+    traceparent: Callable[[], str]
     tls: bool
     ca: str | PathLike[str] | None
     client_certificate: str | PathLike[str] | None
@@ -134,41 +139,60 @@ def is_local(target: str) -> bool:
         return host.lower() == "localhost"
 
 
-class Bearer:
-    """What every call carries to say who calls.
+class CallMetadata:
+    """What every call carries to say who calls, and in which trace.
 
     Args:
-        token: See `ConnectionOptions`.
+        given: How to reach the server.
     """
 
-    def __init__(self, token: AsyncToken | None) -> None:
-        self._token = token
+    def __init__(self, given: ConnectionOptions) -> None:
+        self._token = given.get("token")
+        self._traceparent = given.get("traceparent", active_traceparent)
 
-    def metadata(self) -> tuple[tuple[str, str], ...] | None:
+    def of_call(self) -> Metadata:
         """Return the metadata of the next call.
 
         Raises:
             UnauthenticatedError: If there is no token to be had.
         """
         if self._token is None:
-            return None
+            return self._trace()
         try:
-            return _metadata(self._token() if callable(self._token) else self._token)
+            own = _authorization(self._token() if callable(self._token) else self._token)
         except Exception as error:
             raise _no_token(error) from error
+        return own + self._trace()
 
-    async def metadata_async(self) -> tuple[tuple[str, str], ...] | None:
-        """Do as `metadata`, and wait for a token that must be waited for."""
+    async def of_call_async(self) -> Metadata:
+        """Do as `of_call`, and wait for a token that must be waited for."""
         if self._token is None:
-            return None
+            return self._trace()
         try:
             token = self._token() if callable(self._token) else self._token
-            return _metadata(await token if isinstance(token, Awaitable) else token)
+            own = _authorization(await token if isinstance(token, Awaitable) else token)
         except Exception as error:
             raise _no_token(error) from error
+        return own + self._trace()
+
+    def _trace(self) -> Metadata:
+        value = self._traceparent()
+        return (("traceparent", value),) if value else ()
 
 
-def _metadata(token: object) -> tuple[tuple[str, str], ...]:
+def active_traceparent() -> str:
+    """Return the ``traceparent`` of OpenTelemetry's active span; empty if there is none.
+
+    A program that has one has imported OpenTelemetry, so that the client need not.
+    """
+    trace = sys.modules.get("opentelemetry.trace")
+    span = trace.get_current_span().get_span_context() if trace is not None else None
+    if span is None or not span.is_valid:
+        return ""
+    return f"00-{span.trace_id:032x}-{span.span_id:016x}-{span.trace_flags:02x}"
+
+
+def _authorization(token: object) -> Metadata:
     # What gRPC says of a bad one quotes it.
     if not isinstance(token, str) or not token or not token.isascii() or not token.isprintable() or " " in token:
         raise ValueError("a token is a str of printable ASCII characters without spaces")

@@ -13,7 +13,7 @@ from segrpc.client.channel import (
     DEFAULT_TARGET,
     DEFAULT_TIMEOUT,
     RECONNECT_SECONDS,
-    Bearer,
+    CallMetadata,
     ConnectionOptions,
     open_channel,
 )
@@ -59,7 +59,7 @@ class SegmentationClient:
         **connection: Unpack[ConnectionOptions],
     ) -> None:
         self._channel = open_channel(target, connection, grpc)
-        self._bearer = Bearer(connection.get("token"))
+        self._metadata = CallMetadata(connection)
         self._stubs: dict[flow.Service, Any] = {
             "segmentation": SegmentationServiceStub(self._channel),
             "models": ModelServiceStub(self._channel),
@@ -175,7 +175,7 @@ class SegmentationClient:
         return RefineSession(self._open_stream, SessionState(source, options, reconnect), seconds)
 
     def _open_stream(self, requests: Iterator[RefineRequest]) -> Any:
-        return self._stubs["segmentation"].Refine(requests, metadata=self._bearer.metadata())
+        return self._stubs["segmentation"].Refine(requests, metadata=self._metadata.of_call())
 
     def _run(self, steps: Flow[R], timeout: float | None) -> R:
         """Perform the calls of a flow; the timeout covers all of them."""
@@ -185,7 +185,7 @@ class SegmentationClient:
             call = next(steps)
             while True:
                 method = getattr(self._stubs[call.service], call.method)
-                metadata = self._bearer.metadata()
+                metadata = self._metadata.of_call()
                 remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
                 try:
                     response = method(call.request, timeout=remaining, metadata=metadata)

@@ -5,6 +5,7 @@ from typing import Any
 
 from segrpc.service.identity.principal import Principal
 from segrpc.service.telemetry.call import Call
+from segrpc.service.telemetry.trace_parent import TraceParent, parse_trace_parent
 
 AUTHORIZATION = "authorization"
 TRACE_PARENT = "traceparent"
@@ -63,6 +64,7 @@ def credentials_of(context: Any) -> tuple[list[str], str | None]:
     return authorization, names[0].decode("utf-8", "replace") if names else None
 
 
-def trace_parent_of(context: Any) -> str:
-    """Return a call's ``traceparent``, as it came; empty without one."""
-    return next((str(value) for key, value in context.invocation_metadata() or () if key == TRACE_PARENT), "")
+def trace_parent_of(context: Any) -> TraceParent | None:
+    """Return the caller's span, if the call tells one."""
+    values = (str(value) for key, value in context.invocation_metadata() or () if key == TRACE_PARENT)
+    return parse_trace_parent(next(values, ""))

@@ -128,7 +128,7 @@ class Server:
         settings.check_limits(settings.limits())
         self._settings = settings
         self._engine = engine
-        self._telemetry = Telemetry(TelemetryOptions(settings.metrics_listen), self.stats)
+        self._telemetry = Telemetry(TelemetryOptions(settings.metrics_listen, settings.otlp_endpoint), self.stats)
         self._limits = watched_limits(settings)
         self._memory = MemoryGuard(settings.memory_bytes) if settings.memory_bytes else None
         self._ledger = Ledger(settings.limits() if self._limits is None else self._limits.get(), self._memory)

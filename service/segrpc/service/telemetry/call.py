@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from segrpc.service.engine.base import StageTimes
+from segrpc.service.telemetry.trace_parent import TraceParent
 
 STAGES = ("queue", "decode_image", "encode_image", "decode_mask", "postprocess")
 """The names of `StageTimes`, in the order in which the stages of a job run."""
@@ -53,7 +54,7 @@ class Call:
         method: Its method, such as ``/segrpc.v1.SegmentationService/Segment``.
         own: Whether that is a method of this project's services, not of health or reflection.
         observers: Are told of it.
-        trace_parent: The caller's ``traceparent`` (W3C Trace Context), as it came; empty without one.
+        trace_parent: The caller's span, if it told one.
         principal: Who calls; empty where callers are not identified.
         request_id: The request's id.
         model: The model that it is about; empty if there is none, or it was not found.
@@ -75,7 +76,7 @@ class Call:
     method: str
     own: bool = True
     observers: tuple[Observer, ...] = ()
-    trace_parent: str = ""
+    trace_parent: TraceParent | None = None
     principal: str = ""
     request_id: str = ""
     model: str = ""
@@ -95,6 +96,8 @@ class Call:
 
     def begin(self) -> None:
         """Tell the observers that it begins."""
+        if self.trace_parent is not None:
+            self.trace_id = self.trace_parent.trace_id
         for observer in self.observers:
             observer.began(self)
 

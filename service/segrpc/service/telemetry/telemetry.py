@@ -26,9 +26,11 @@ class TelemetryOptions:
 
     Attributes:
         metrics_listen: Where Prometheus may ask for metrics, as HOST:PORT; empty: nowhere.
+        otlp_endpoint: The URL that metrics and traces are sent to, such as ``http://localhost:4318``; empty: nowhere.
     """
 
     metrics_listen: str = ""
+    otlp_endpoint: str = ""
 
 
 class Exporter(Protocol):
@@ -67,6 +69,8 @@ class Telemetry:
         self._watch: asyncio.Task[None] | None = None
         if options.metrics_listen:
             self._exporters.append(_installed("metrics_listen", lambda: self._prometheus(options.metrics_listen)))
+        if options.otlp_endpoint:
+            self._exporters += _installed("otlp_endpoint", lambda: self._otlp(options.otlp_endpoint))
         if self._exporters:
             self.observers += (self._metrics,)
 
@@ -74,6 +78,15 @@ class Telemetry:
         from segrpc.service.telemetry.prometheus import PrometheusEndpoint  # from an extra
 
         return PrometheusEndpoint(address, self._collect)
+
+    def _otlp(self, endpoint: str) -> list[Exporter]:
+        from segrpc.service.telemetry.otlp import MetricExporter, resource
+        from segrpc.service.telemetry.tracing import Tracing
+
+        server = resource()
+        tracing = Tracing(endpoint, server)
+        self.observers = (tracing, *self.observers)  # first, so that the log has the trace
+        return [MetricExporter(endpoint, server, self._collect), tracing]
 
     async def start(self) -> None:
         """Begin to tell.
