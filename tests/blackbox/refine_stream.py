@@ -45,10 +45,15 @@ class RefineStream:
         channel: The connection.
         *first: Messages to begin with; a config may be given as it is, and bytes are sent as they are.
         timeout: The stream's deadline in seconds: every read ends by then.
+        metadata: Of the call, such as a credential.
     """
 
     def __init__(
-        self, channel: grpc.Channel, *first: RefineConfig | RefineRequest | bytes, timeout: float = 60.0
+        self,
+        channel: grpc.Channel,
+        *first: RefineConfig | RefineRequest | bytes,
+        timeout: float = 60.0,
+        metadata: tuple[tuple[str, str], ...] = (),
     ) -> None:
         self._queue: queue.SimpleQueue[RefineRequest | bytes | None] = queue.SimpleQueue()
         self.seen: list[RefineResponse] = []
@@ -57,7 +62,7 @@ class RefineStream:
         for message in first:
             self.send(RefineRequest(config=message) if isinstance(message, RefineConfig) else message)
         method: Any = channel.stream_stream(METHOD, _serialise, RefineResponse.FromString)
-        self.call = method(iter(self._queue.get, None), timeout=timeout)
+        self.call = method(iter(self._queue.get, None), timeout=timeout, metadata=metadata)
 
     # Sending
 

@@ -15,10 +15,11 @@ from segrpc.service.schemas import CompressedRLE, ModelMetadata, NDArrayFloat, S
 
 @register_model("brightness")
 class Brightness(SegmentationModel):
-    """Answers each prompt with the pixels above a threshold."""
+    """Answers each prompt with the pixels above a threshold; takes ``ballast`` bytes of memory besides."""
 
     def load_model(self) -> None:
         self.threshold = self.config.model_params.get("threshold", 128)
+        self.ballast = b"x" * self.config.model_params.get("ballast", 0)
 
     def predict(self, input: SegmentationInput) -> SegmentationOutput:  # noqa: A002
         assert isinstance(input.image, bytes)
