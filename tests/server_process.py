@@ -98,8 +98,11 @@ class ServerProcess:
 
     def peak_bytes(self) -> int:
         """The most memory that the process ever held."""
-        lines = Path(f"/proc/{self.process.pid}/status").read_text("ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+        return _peak_bytes(self.process.pid)
+
+    def worker_peak_bytes(self) -> int:
+        """The most memory that each of its workers ever held, together."""
+        return sum(map(_peak_bytes, self.worker_pids()))
 
     def worker_resident_bytes(self) -> int:
         """The memory that its workers hold; of those that end meanwhile, nothing."""
@@ -137,3 +140,8 @@ class ServerProcess:
 def _resident_bytes(pid: int) -> int:
     pages = int(Path(f"/proc/{pid}/statm").read_text("ascii").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _peak_bytes(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/status").read_text("ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))

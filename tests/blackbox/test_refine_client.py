@@ -574,6 +574,17 @@ async def test_an_asyncio_session_over_a_bad_network(cheap: ServerProcess) -> No
             assert (await session.undo(2)).shown_revision == first.revision
 
 
+async def test_an_asyncio_session_leaves_no_task_behind_where_its_connection_broke(cheap: ServerProcess) -> None:
+    with TcpProxy(cheap.target) as proxy:
+        async with AsyncSegmentationClient(proxy.target) as client, client.refine(PHOTO) as session:
+            tasks = len(asyncio.all_tasks())
+            for _ in range(5):
+                await session.click(*CUP)
+                proxy.cut()
+            await session.click(*CUP)  # on the last of six streams
+            assert len(asyncio.all_tasks()) == tasks
+
+
 async def test_an_asyncio_session_ends_with_its_client(cheap: ServerProcess) -> None:
     async with AsyncSegmentationClient(cheap.target) as client:
         session = client.refine(PHOTO)

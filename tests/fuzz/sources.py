@@ -6,7 +6,7 @@
 from pathlib import Path
 
 from segrpc.service.images.decode import ImageLimits, format_of
-from segrpc.service.images.fetch import fetch
+from segrpc.service.images.fetch import LookUps, fetch
 from segrpc.service.images.sources import SourcePolicy, read_source, read_uri
 from tests.fuzz.refusals import refusals
 
@@ -21,7 +21,7 @@ def run(data: bytes) -> None:
     text = data.decode("utf-8", errors="ignore").replace("{ROOT}", str(ROOT))  # no more than a protobuf string can hold
     if text[:4].lower() == "http":
         with refusals():
-            fetch(text, HOSTS, LIMITS, _resolve)
+            fetch(text, HOSTS, LIMITS, LookUps(resolve=_resolve))
             raise AssertionError("fetched without an address")
         return
     with refusals():

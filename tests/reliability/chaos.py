@@ -100,7 +100,7 @@ class Chaos:
                 for target in itertools.islice(targets, self._load.clients)
             ]
             direct = await stack.enter_async_context(AsyncSegmentationClient(self._server.target, timeout=CALL_SECONDS))
-            striking = asyncio.create_task(self._strike(strikes))
+            striking = asyncio.create_task(self._strike(strikes, sessions))
             try:
                 async with asyncio.TaskGroup() as group:
                     for client in itertools.islice(itertools.cycle(clients), self._load.sessions):
@@ -112,9 +112,11 @@ class Chaos:
         await asyncio.to_thread(self._server.settle, before, SETTLE_SECONDS)
         return self._outcome(self._server.stats()["engine"]["worker_restarts"])
 
-    async def _strike(self, strikes: AsyncIterator[None]) -> None:
+    async def _strike(self, strikes: AsyncIterator[None], effort: Effort) -> None:
         chance = random.Random(SEED)
         async for _ in strikes:
+            if effort.over:
+                return  # the sessions that are left are compared in peace
             workers = self._server.worker_pids()
             if workers and chance.random() < KILL_CHANCE:
                 with suppress(ProcessLookupError):  # it has just ended

@@ -1,6 +1,7 @@
 """Pictures and files for the tests of images."""
 
 import struct
+import zlib
 from io import BytesIO
 from typing import Any
 
@@ -44,3 +45,27 @@ def tiff(pixels: bytes, width: int, height: int, *tags: tuple[int, int, int, int
         entries += struct.pack(order + "HH", value, 0) if (type_, count) == (3, 1) else struct.pack(order + "L", value)
     head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "L", 8 + len(pixels))
     return head + pixels + struct.pack(order + "H", len(usual)) + entries + bytes(4)
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">L", len(data)) + name + data + struct.pack(">L", zlib.crc32(name + data))
+
+
+def with_chunks(*chunks: bytes) -> bytes:
+    """A PNG file with further chunks before its pixels."""
+    data = encode(picture(), "PNG")
+    return data[:33] + b"".join(chunks) + data[33:]
+
+
+def gif(screen: tuple[int, int], *blocks: bytes) -> bytes:
+    return b"GIF89a" + struct.pack("<2H", *screen) + b"\x80\0\0" + b"\0\0\0\xff\xff\xff" + b"".join(blocks) + b";"
+
+
+def frame(x: int, y: int, width: int, height: int) -> bytes:
+    return b"," + struct.pack("<4H", x, y, width, height) + b"\0\2\2\x4c\1\0"  # LZW data of one pixel: index 1
+
+
+def webp(width: int, height: int) -> bytes:
+    """A WebP file whose header claims a size."""
+    header = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    return b"RIFF\x2a\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0" + header + b"VP8L\x0c\0\0\0\x2f" + bytes(11)

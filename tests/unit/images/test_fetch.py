@@ -4,15 +4,21 @@ import gzip
 import http.server
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
 import pytest
 
-from segrpc.service.errors import ImageFetchError, ImageTooLargeError, InvalidFieldError, UriNotAllowedError
+from segrpc.service.errors import (
+    ImageFetchError,
+    ImageTooLargeError,
+    InvalidFieldError,
+    OverloadedError,
+    UriNotAllowedError,
+)
 from segrpc.service.images.decode import ImageLimits
-from segrpc.service.images.fetch import fetch, resolve_host
+from segrpc.service.images.fetch import LookUps, fetch, resolve_host
 from segrpc.service.images.policy import SourcePolicy
 
 BODY = bytes(range(256)) * 300
@@ -152,6 +158,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(BODY[:100])
         self.server.proceed.wait()
 
+    def drips(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(2**20))
+        self.end_headers()
+        self.drip(b"x")
+
+    def drips_headers(self) -> None:
+        self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+        self.drip(b"X: y\r\n")
+
+    def drip(self, drop: bytes) -> None:
+        while not self.server.proceed.wait(0.01):  # until the client hangs up, or the end of the test
+            self.wfile.write(drop)
+
     def hangs_up(self) -> None:
         self.close_connection = True
 
@@ -178,14 +198,17 @@ def web() -> Iterator[Web]:
         thread.join()
 
 
-def to(*addresses: str) -> Callable[[str, int], Sequence[str]]:
-    """A look-up that always gives the same addresses."""
-    return lambda host, port: addresses
+def to(*addresses: str) -> LookUps:
+    """Look-ups that always give the same addresses."""
+    return LookUps(resolve=lambda host, port: addresses)
 
 
 def never(host: str, port: int) -> Sequence[str]:
     """A look-up that must not happen."""
     raise AssertionError(f"{host} was looked up")
+
+
+NO_LOOK_UPS = LookUps(resolve=never)
 
 
 @pytest.mark.parametrize("path", ["/image", "/chunked", "/until_closed", "/says_identity", "/image?a=%20b&c#fragment"])
@@ -249,7 +272,7 @@ def test_a_redirect_to_another_allowed_host_is_looked_up_in_turn(web: Web) -> No
         return ["127.0.0.1"] if host == "127.0.0.1" else []
 
     with pytest.raises(ImageFetchError, match=r"the host elsewhere\.example has no address"):
-        fetch(web.url("/elsewhere"), web.policy("elsewhere.example"), LIMITS, resolve)
+        fetch(web.url("/elsewhere"), web.policy("elsewhere.example"), LIMITS, LookUps(resolve=resolve))
     assert looked_up == [("127.0.0.1", web.server_port), ("elsewhere.example", 80)]
 
 
@@ -318,8 +341,39 @@ def test_a_look_up_that_hangs_is_given_up(web: Web) -> None:
         return ["127.0.0.1"]
 
     with pytest.raises(ImageFetchError, match=r"did not send the image within 0\.3 s"):
-        fetch(web.url("/image"), web.policy(timeout=0.3), LIMITS, resolve)
+        fetch(web.url("/image"), web.policy(timeout=0.3), LIMITS, LookUps(resolve=resolve))
     assert web.asked == []
+
+
+def test_look_ups_that_hang_are_bounded(web: Web) -> None:
+    """Each goes on in a thread, which nothing can stop, when nobody waits for it any more."""
+    hanging: list[str] = []
+
+    def resolve(host: str, port: int) -> Sequence[str]:
+        hanging.append(host)
+        web.proceed.wait()
+        return ["127.0.0.1"]
+
+    look_ups = LookUps(most=3, resolve=resolve)
+    for _ in range(3):
+        with pytest.raises(ImageFetchError):
+            fetch(web.url("/image"), web.policy(timeout=0.05), LIMITS, look_ups)
+    for _ in range(20):
+        with pytest.raises(OverloadedError, match="too many look-ups"):
+            fetch(web.url("/image"), web.policy(), LIMITS, look_ups)
+    assert len(hanging) == 3
+    threads = [thread for thread in threading.enumerate() if thread.name == "segrpc-look-up"]
+    web.proceed.set()
+    for thread in threads:
+        thread.join()
+    assert fetch(web.url("/image"), web.policy(), LIMITS, look_ups) == BODY
+
+
+@pytest.mark.parametrize("path", ["/drips", "/drips_headers"])
+def test_a_server_that_drips_is_given_up(web: Web, path: str) -> None:
+    # Each read is answered within the time limit; only all of them together take too long.
+    with pytest.raises(ImageFetchError, match=r"127\.0\.0\.1 did not send the image within 0\.5 s"):
+        fetch(web.url(path), web.policy(timeout=0.5), LIMITS)
 
 
 def test_a_server_that_hangs_holds_up_nobody_else(web: Web) -> None:
@@ -343,6 +397,27 @@ def test_private_addresses_are_refused_by_default(web: Web, address: str) -> Non
     assert web.asked == []
 
 
+@pytest.mark.parametrize(
+    "host",
+    ["2130706433", "127.1", "127.0.1", "0x7f.0.0.1", "0x7f000001", "017700000001", "0", "0.0.0.0", "[::ffff:7f00:1]"],
+)
+def test_other_ways_to_write_a_private_address_gain_nothing(web: Web, host: str) -> None:
+    """Even if the operator allows one as a host: the system makes an address of it, and that is looked at."""
+    allowed = f"{host}:{web.server_port}"
+    with pytest.raises(UriNotAllowedError, match="--allow-private-addresses"):
+        fetch(f"http://{allowed}/image", web.policy(allowed, private=False), LIMITS)
+    assert web.asked == []
+
+
+def test_a_name_that_changes_is_looked_up_and_checked_for_each_redirect(web: Web) -> None:
+    """The first answer of the name service is harmless, the next one is not."""
+    answers = iter([["127.0.0.1"], ["127.0.0.1"], []])
+    host = f"images.example:{web.server_port}"
+    with pytest.raises(ImageFetchError, match=r"the host images\.example has no address"):
+        fetch(f"http://{host}/3", web.policy(host), LIMITS, LookUps(resolve=lambda name, port: next(answers)))
+    assert web.paths == ["/3", "/2"]
+
+
 def test_a_name_is_looked_up_once_and_the_checked_address_asked(web: Web) -> None:
     looked_up: list[tuple[str, int]] = []
     host = f"images.example:{web.server_port}"
@@ -351,7 +426,7 @@ def test_a_name_is_looked_up_once_and_the_checked_address_asked(web: Web) -> Non
         looked_up.append((name, port))
         return ["127.0.0.1"]
 
-    assert fetch(f"http://{host}/image", web.policy(host), LIMITS, resolve) == BODY
+    assert fetch(f"http://{host}/image", web.policy(host), LIMITS, LookUps(resolve=resolve)) == BODY
     assert looked_up == [("images.example", web.server_port)]
     assert web.asked[0][1]["host"] == host
 
@@ -370,7 +445,7 @@ def test_a_name_without_address(web: Web) -> None:
     with pytest.raises(ImageFetchError, match=r"the host 127\.0\.0\.1 has no address"):
         fetch(web.url("/image"), web.policy(), LIMITS, to())
     with pytest.raises(ImageFetchError, match="Name or service not known"):
-        fetch(web.url("/image"), web.policy(), LIMITS, fail)
+        fetch(web.url("/image"), web.policy(), LIMITS, LookUps(resolve=fail))
 
 
 def test_a_name_that_cannot_be_looked_up(web: Web) -> None:
@@ -398,13 +473,25 @@ def test_an_international_name_is_checked_in_its_ascii_form(web: Web) -> None:
         "http://user:password@127.0.0.1:PORT/image",
         "http://2130706433:PORT/image",
         "http://127.1:PORT/image",
+        "http://0x7f.0.0.1:PORT/image",
+        "http://0x7f000001:PORT/image",
+        "http://0177.0.0.1:PORT/image",
+        "http://017700000001:PORT/image",
+        "http://127.0.0.1%00:PORT/image",
+        "http://%31%32%37.0.0.1:PORT/image",
+        "http://\uff11\uff12\uff17.0.0.1:PORT/image",
+        "http://[::ffff:127.0.0.1]:PORT/image",
+        "http://[::ffff:7f00:1]:PORT/image",
+        "http://[64:ff9b::7f00:1]:PORT/image",
+        "http://[2002:7f00:1::]:PORT/image",
+        "http://[::1%25lo]:PORT/image",
         "http://127.0.0.1:99999/image",
         "http://elsewhere.example\\@127.0.0.1:PORT/image",
     ],
 )
 def test_other_hosts_are_not_even_looked_up(web: Web, url: str) -> None:
     with pytest.raises((UriNotAllowedError, InvalidFieldError)) as caught:
-        fetch(url.replace("PORT", str(web.server_port)), web.policy(), LIMITS, never)
+        fetch(url.replace("PORT", str(web.server_port)), web.policy(), LIMITS, NO_LOOK_UPS)
     assert "password@" not in caught.value.message
     assert web.asked == []
 
@@ -421,7 +508,7 @@ def test_other_hosts_are_not_even_looked_up(web: Web, url: str) -> None:
 )
 def test_malformed_urls(web: Web, url: str) -> None:
     with pytest.raises(InvalidFieldError) as caught:
-        fetch(url, web.policy("a"), LIMITS, never)
+        fetch(url, web.policy("a"), LIMITS, NO_LOOK_UPS)
     assert caught.value.violations[0].field == "uri"
 
 

@@ -1,8 +1,11 @@
 """Files that were made to do harm."""
 
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
+from io import BytesIO
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,33 +17,16 @@ from PIL import Image
 from segrpc.service.errors import ImageTooLargeError, ImageUndecodableError, SegrpcError
 from segrpc.service.images.decode import ImageLimits, decode_image, read_header
 from segrpc.service.images.strip import strip_jpeg
-from tests.unit.images.pictures import encode, exif, picture, tiff
+from segrpc.service.images.webp import size_of
+from tests.unit.images.pictures import chunk, encode, exif, frame, gif, picture, tiff, webp, with_chunks
 
 T = TypeVar("T")
-
-
-def chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">L", len(data)) + name + data + struct.pack(">L", zlib.crc32(name + data))
-
-
-def with_chunks(*chunks: bytes) -> bytes:
-    """A PNG file with further chunks before its pixels."""
-    data = encode(picture(), "PNG")
-    return data[:33] + b"".join(chunks) + data[33:]
 
 
 def with_segments(*segments: bytes) -> bytes:
     """A JPEG file with further application segments, number 1, at its start."""
     data = encode(picture(), "JPEG")
     return data[:2] + b"".join(b"\xff\xe1" + struct.pack(">H", len(one) + 2) + one for one in segments) + data[2:]
-
-
-def gif(screen: tuple[int, int], *blocks: bytes) -> bytes:
-    return b"GIF89a" + struct.pack("<2H", *screen) + b"\x80\0\0" + b"\0\0\0\xff\xff\xff" + b"".join(blocks) + b";"
-
-
-def frame(x: int, y: int, width: int, height: int) -> bytes:
-    return b"," + struct.pack("<4H", x, y, width, height) + b"\0\2\2\x4c\1\0"  # LZW data of one pixel: index 1
 
 
 @pytest.mark.parametrize(
@@ -114,7 +100,7 @@ def test_a_gif_of_countless_blocks_is_refused(extension: bytes) -> None:
     "data",
     [
         gif((65535, 65535), frame(0, 0, 1, 1)),
-        b"RIFF\x2a\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0" + b"\xfe\x3f\0" * 2 + b"VP8L\x0c\0\0\0\x2f" + bytes(11),
+        webp(16383, 16383),
         tiff(b"", 10**9, 10**9),
         encode(picture(), "BMP")[:18] + struct.pack("<2L", 2**31 - 1, 2**31 - 1) + encode(picture(), "BMP")[26:],
         encode(picture(), "PNG")[:8]
@@ -127,6 +113,67 @@ def test_a_huge_image_is_refused_by_its_header(data: bytes) -> None:
     for read in (read_header, decode_image):
         with pytest.raises(ImageTooLargeError):
             read(data)
+
+
+def lossless_webp(side: int) -> bytes:
+    """A WebP file of one colour, whose pixels take no bits: as many as one likes."""
+    data = encode(Image.new("RGB", (1, 1)), "WEBP", lossless=True)
+    return data[:21] + struct.pack("<L", (side - 1) | (side - 1) << 14) + data[25:]
+
+
+@pytest.mark.parametrize("data", [webp(13_300, 13_300), lossless_webp(13_300)], ids=["extended", "lossless"])
+def test_no_memory_is_reserved_for_what_a_webp_header_claims(data: bytes) -> None:
+    """A file of a few bytes; libwebp would reserve eight bytes for each of its pixels to tell their number."""
+    program = """
+import resource, sys
+from pathlib import Path
+from segrpc.service.errors import ImageTooLargeError
+from segrpc.service.images.decode import read_header
+held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + 2**28, held + 2**28))
+try:
+    read_header(sys.stdin.buffer.read())
+except ImageTooLargeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], input=data, capture_output=True, timeout=60, check=False)
+    assert done.stdout.startswith(b"the image has 13300 x 13300 = 176890000 pixels"), (done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize("options", [{"lossless": True}, {"quality": 80}, {"quality": 80, "exif": exif(1)}])
+@pytest.mark.parametrize("size", [(1, 1), (300, 7), (2, 16_383)])
+def test_the_size_of_webp_images_is_read_as_pillow_does(options: dict[str, Any], size: tuple[int, int]) -> None:
+    data = encode(Image.new("RGB", size), "WEBP", **options)
+    with Image.open(BytesIO(data)) as image:
+        assert size_of(data) == image.size == size
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"%PDF-1.4\n" + encode(picture(), "JPEG"),
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n" + encode(picture(), "PNG"),
+        b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>",
+        b"\0\0\1\0\1\0\x10\x10\0\0\1\0\x20\0" + encode(picture(), "PNG"),  # an icon
+        b"8BPS\0\1" + encode(picture(), "JPEG"),
+        b"P6\n24 16\n255\n" + picture().tobytes(),
+        b"PK\3\4" + encode(picture(), "PNG"),
+        b"\n" + encode(picture(), "GIF"),
+    ],
+    ids=["pdf", "eps", "svg", "ico", "psd", "ppm", "zip", "newline"],
+)
+def test_an_image_within_a_file_of_another_kind_is_not_found(data: bytes) -> None:
+    # Readers of other kinds are out of reach: some of them run programs, or read other files.
+    with pytest.raises(ImageUndecodableError, match="no image of a supported format"):
+        decode_image(data)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])
+def test_a_file_that_is_something_else_as_well_is_read_as_what_it_begins_with(kind: str) -> None:
+    data = encode(picture(), kind)
+    white = encode(np.full_like(picture(), 255), "PNG")
+    for tail in (b"PK\5\6" + bytes(18), b"<script>alert(1)</script>", b"<?php ?>", white, data):
+        assert np.array_equal(decode_image(data + tail).pixels, decode_image(data).pixels)
 
 
 @pytest.mark.parametrize("size", [(0, 1), (1, 0), (0, 0)])

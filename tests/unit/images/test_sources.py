@@ -1,5 +1,8 @@
 import base64
 import os
+import socket
+import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
@@ -181,6 +184,62 @@ def test_files_that_cannot_be_read(root: Path, policy: SourcePolicy) -> None:
         read_source(root / "missing.jpg", policy)
     with pytest.raises(ImageFetchError, match="no regular file"):
         read_source(root / "pipe", policy)
+
+
+def test_what_is_no_regular_file_is_not_even_opened(
+    root: Path, policy: SourcePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Opening makes some devices act. A socket cannot be opened: that it is no file must be known before.
+    with socket.socket(socket.AF_UNIX) as bound:
+        monkeypatch.chdir(root)  # the name of a socket must be short
+        bound.bind("socket")
+        with pytest.raises(ImageFetchError, match="no regular file"):
+            read_source(root / "socket", policy)
+
+
+@pytest.mark.parametrize(
+    "path", ["/dev/zero", "/dev/stdin", "/proc/self/environ", "/proc/self/fd/0", "/proc/self/root"]
+)
+def test_links_to_devices_and_to_what_the_process_has_open(root: Path, policy: SourcePolicy, path: str) -> None:
+    (root / "link").symlink_to(path)
+    for uri in (f"file://{root}/link", f"file://{path}", f"file://{root}/link/etc/passwd"):
+        with pytest.raises(UriNotAllowedError):
+            read_uri(uri, policy)
+
+
+@pytest.mark.parametrize("swapped", ["image.jpg", "folder"])
+def test_links_that_appear_after_the_check_are_not_followed(root: Path, policy: SourcePolicy, swapped: str) -> None:
+    """Something inside and a link to the outside change places all the time; what is outside must never be read."""
+    outside = root.parent / "outside"
+    for folder, content in ((outside, b"secret"), (root / "folder", JPEG)):
+        folder.mkdir()
+        (folder / "image.jpg").write_bytes(content)
+    (outside / "link").symlink_to(root.parent / "secret.jpg" if swapped == "image.jpg" else outside)
+    inside, aside, link = root / swapped, outside / "aside", outside / "link"
+    stop = threading.Event()
+
+    def swap() -> None:
+        while not stop.is_set():
+            inside.rename(aside)
+            link.rename(inside)
+            inside.rename(link)
+            aside.rename(inside)
+
+    swapping = threading.Thread(target=swap)
+    swapping.start()
+    found = Counter[bytes | type[Exception]]()
+    try:
+        for _ in range(3000):
+            try:
+                found[read_source(root / swapped if swapped == "image.jpg" else root / "folder/image.jpg", policy)] += 1
+            except (UriNotAllowedError, ImageFetchError) as error:
+                found[type(error)] += 1
+    finally:
+        stop.set()
+        swapping.join()
+    assert b"secret" not in found
+    assert found[JPEG]
+    assert found[ImageFetchError] + found[UriNotAllowedError]
 
 
 def test_a_missing_root_is_no_bug(tmp_path: Path) -> None:

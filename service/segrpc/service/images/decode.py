@@ -28,7 +28,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from segrpc.service.errors import ImageTooLargeError, ImageUndecodableError, OverloadedError, SegrpcError
-from segrpc.service.images import strip, tiff
+from segrpc.service.images import strip, tiff, webp
 
 RGBImage = npt.NDArray[np.uint8]
 
@@ -186,11 +186,7 @@ def _open(data: bytes, limits: ImageLimits, *, preview: bool = False) -> tuple[I
     """
     check_size(len(data), limits)
     image, orientation = _reader(data, limits, preview)
-    width, height = image.size
-    if width * height > limits.max_pixels:
-        raise ImageTooLargeError(
-            f"the image has {width} x {height} = {width * height} pixels; at most {limits.max_pixels} are allowed"
-        )
+    _check_pixels(image.size, limits)
     if image.mode in ("I", "F"):
         raise ImageUndecodableError(
             "the image has signed, 32-bit or floating-point samples; save it with unsigned samples of 8 or 16 bits"
@@ -198,6 +194,14 @@ def _open(data: bytes, limits: ImageLimits, *, preview: bool = False) -> tuple[I
     if isinstance(image, BmpImageFile) and image.info.get("compression") in _RUN_LENGTHS:
         raise ImageUndecodableError("BMP images compressed by run lengths are not supported; save it as PNG")
     return image, orientation
+
+
+def _check_pixels(size: tuple[int, int], limits: ImageLimits) -> None:
+    width, height = size
+    if width * height > limits.max_pixels:
+        raise ImageTooLargeError(
+            f"the image has {width} x {height} = {width * height} pixels; at most {limits.max_pixels} are allowed"
+        )
 
 
 def _reader(data: bytes, limits: ImageLimits, preview: bool) -> tuple[ImageFile.ImageFile, int]:
@@ -209,6 +213,10 @@ def _reader(data: bytes, limits: ImageLimits, preview: bool) -> tuple[ImageFile.
     if kind == "TIFF":
         return _PlainTiffFile(BytesIO(tiff.pixels_only(data, limits.max_pixels))), tiff.exif_orientation(data)
     if kind == "WebP":
+        size = webp.size_of(data)
+        if size is None:
+            raise ImageUndecodableError("the WebP image is truncated or damaged: it has no size")
+        _check_pixels(size, limits)
         image = WebPImageFile(BytesIO(data))
         return image, tiff.exif_orientation(image.info.get("exif", b""))
     if kind == "BMP":

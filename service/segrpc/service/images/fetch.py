@@ -10,19 +10,19 @@ import ssl
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from functools import partial
-from threading import Thread
-from typing import Any, Final, TypeVar
+from threading import BoundedSemaphore, Thread
+from typing import Any, Final
 
 import httpcore
 import httpx
 
-from segrpc.service.errors import ImageFetchError, InvalidFieldError, UriNotAllowedError
+from segrpc.service.errors import ImageFetchError, InvalidFieldError, OverloadedError, UriNotAllowedError
 from segrpc.service.images.decode import ImageLimits, check_size
 from segrpc.service.images.policy import DEFAULT_PORTS, SourcePolicy, is_public
 
-T = TypeVar("T")
 Resolver = Callable[[str, int], Sequence[str]]
+
+RETRY_AFTER: Final = 5.0  # seconds: about as long as a look-up goes on that nobody answers
 
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _FAILURES: Final = (httpcore.NetworkError, httpcore.ProtocolError, OSError)
@@ -38,21 +38,65 @@ def resolve_host(host: str, port: int) -> list[str]:
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
-def fetch(url: str, policy: SourcePolicy, limits: ImageLimits, resolve: Resolver = resolve_host) -> bytes:
+class LookUps:
+    """Looks hosts up, for as long as one is willing to wait. May be used from any thread.
+
+    The system gives no way to stop a look-up: one that nobody waits for any more goes on in a thread of its own. So
+    there may only be so many.
+
+    Args:
+        most: How many look-ups there may be at a time.
+        resolve: Looks up a host.
+    """
+
+    def __init__(self, most: int = 64, resolve: Resolver = resolve_host) -> None:
+        self._room = BoundedSemaphore(most)
+        self._resolve = resolve
+
+    def addresses(self, host: str, port: int, seconds: float) -> Sequence[str]:
+        """Return the IP addresses of a host.
+
+        Raises:
+            TimeoutError: If it takes longer.
+            OSError: If it has none.
+            OverloadedError: If too many look-ups hang.
+        """
+        if not self._room.acquire(blocking=False):
+            raise OverloadedError(
+                "too many look-ups of hosts are without an answer: is the name service of the server down?",
+                RETRY_AFTER,
+            )
+        found: Future[Sequence[str]] = Future()
+
+        def run() -> None:
+            try:
+                found.set_result(self._resolve(host, port))
+            except Exception as error:  # noqa: BLE001 - raised again in the thread that waits
+                found.set_exception(error)
+            finally:
+                self._room.release()
+
+        Thread(target=run, name="segrpc-look-up", daemon=True).start()
+        return found.result(seconds)
+
+
+def fetch(url: str, policy: SourcePolicy, limits: ImageLimits, look_ups: LookUps | None = None) -> bytes:
     """Fetch a file. Blocks for up to ``policy.timeout`` seconds.
 
     Args:
         url: An absolute http or https URL.
         policy: Which hosts may be asked.
         limits: How large the file may be.
-        resolve: Looks up a host; given by tests.
+        look_ups: Looks hosts up; to be shared by all who fetch. Default: one of its own.
 
     Raises:
         InvalidFieldError: If the URL is malformed.
         UriNotAllowedError: If the policy forbids it, or where it redirects to.
         ImageFetchError: If the host cannot be reached, is too slow, or does not answer with a file.
         ImageTooLargeError: If the file has too many bytes.
+        OverloadedError: If too many look-ups hang.
     """
+    look_ups = look_ups or LookUps()
     try:
         target = httpx.URL(url)
     except (httpx.InvalidURL, ValueError) as error:
@@ -61,7 +105,7 @@ def fetch(url: str, policy: SourcePolicy, limits: ImageLimits, resolve: Resolver
     for _ in range(policy.max_redirects + 1):
         host, port = _check_url(target, policy)
         try:
-            addresses = _within(deadline.remaining(), partial(resolve, host, port))
+            addresses = look_ups.addresses(host, port, deadline.remaining())
             _check_addresses(host, addresses, policy)
             answer = _get(target, _CheckedBackend(addresses, deadline), limits)
         except (TimeoutError, httpcore.TimeoutException) as error:
@@ -138,24 +182,6 @@ def _get(url: httpx.URL, backend: httpcore.NetworkBackend, limits: ImageLimits) 
             body += chunk
             check_size(len(body), limits)
         return bytes(body)
-
-
-def _within(seconds: float, work: Callable[[], T]) -> T:
-    """Call something that has no time limit of its own. When time is up, it is left to itself.
-
-    Raises:
-        TimeoutError: If it takes longer.
-    """
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except Exception as error:  # noqa: BLE001 - raised again in the thread that waits
-            future.set_exception(error)
-
-    Thread(target=run, daemon=True).start()
-    return future.result(seconds)
 
 
 class _Deadline:

@@ -1,11 +1,16 @@
 """The images of a server: from any source to bytes with a digest."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Final
 
 from segrpc.service.errors import InvalidFieldError
 from segrpc.service.images.decode import ImageHeader, ImageLimits, read_header
+from segrpc.service.images.fetch import LookUps
 from segrpc.service.images.sources import SourcePolicy, read_uri
 from segrpc.service.images.store import ImageStore
+
+FETCHERS: Final = 32  # URIs that are read at the same time; more wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +44,18 @@ class ImageLibrary:
         store: Where images are kept.
         policy: Which URIs may be read.
         limits: What images must keep to.
+
+    Attributes:
+        fetchers: The threads for `from_uri`, which may wait long for somebody else: it must not take those that all
+            other work needs.
     """
 
     def __init__(self, store: ImageStore, policy: SourcePolicy, limits: ImageLimits) -> None:
         self._store = store
         self._policy = policy
         self._limits = limits
+        self._look_ups = LookUps()
+        self.fetchers = ThreadPoolExecutor(FETCHERS, thread_name_prefix="segrpc-fetch")
 
     def from_data(self, owner: str, data: bytes) -> KnownImage:
         """Look at an encoded file and keep it.
@@ -66,7 +77,7 @@ class ImageLibrary:
             UriNotAllowedError: If the policy forbids it.
             ImageFetchError: If it does not give a file.
         """
-        return self.from_data(owner, read_uri(uri, self._policy, self._limits))
+        return self.from_data(owner, read_uri(uri, self._policy, self._limits, self._look_ups))
 
     def from_digest(self, owner: str, digest: str) -> KnownImage:
         """Find an image that the owner has sent before.

@@ -11,7 +11,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 
 from segrpc.service.errors import ImageFetchError, InvalidFieldError, UriNotAllowedError
 from segrpc.service.images.decode import DEFAULT_LIMITS, ImageLimits, check_size, format_of
-from segrpc.service.images.fetch import fetch
+from segrpc.service.images.fetch import LookUps, fetch
 from segrpc.service.images.policy import DEFAULT_POLICY, SourcePolicy
 
 __all__ = ["SourcePolicy", "read_source", "read_uri"]
@@ -47,13 +47,19 @@ def read_source(
     return data
 
 
-def read_uri(uri: str, policy: SourcePolicy = DEFAULT_POLICY, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
+def read_uri(
+    uri: str,
+    policy: SourcePolicy = DEFAULT_POLICY,
+    limits: ImageLimits = DEFAULT_LIMITS,
+    look_ups: LookUps | None = None,
+) -> bytes:
     """Read an image file from a URI that a client sent. Blocks.
 
     Args:
         uri: A ``data:``, ``file:``, ``http:`` or ``https:`` URL; nothing else.
         policy: What may be read.
         limits: How large the file may be.
+        look_ups: See `fetch`.
 
     Raises:
         InvalidFieldError: If it is malformed.
@@ -69,7 +75,7 @@ def read_uri(uri: str, policy: SourcePolicy = DEFAULT_POLICY, limits: ImageLimit
         case "file":
             return _read_file(_path_of(uri), policy, limits)
         case "http" | "https":
-            return fetch(uri, policy, limits)
+            return fetch(uri, policy, limits, look_ups)
         case _:
             raise InvalidFieldError.of("uri", f"{_shown(uri)} must begin with data:, file:, http: or https:")
 
@@ -124,16 +130,17 @@ def _path_of(uri: str) -> Path:
 def _read_file(path: Path, policy: SourcePolicy, limits: ImageLimits) -> bytes:
     root, relative = _locate(path, policy)
     try:
-        descriptor = _open_beneath(root, relative)
+        place = _find_beneath(root, relative)
         try:
-            status = os.fstat(descriptor)
+            status = os.fstat(place)
             if not stat.S_ISREG(status.st_mode):
                 raise ImageFetchError(f"{_shown(str(path))} is no regular file")
             check_size(status.st_size, limits)
-            with open(descriptor, "rb", closefd=False) as file:
+            # The very file that was looked at. Only now is it opened: that alone makes some devices and pipes act.
+            with Path(f"/proc/self/fd/{place}").open("rb") as file:
                 data = file.read(limits.max_bytes + 1)
         finally:
-            os.close(descriptor)
+            os.close(place)
     except OSError as error:
         raise ImageFetchError(f"{_shown(str(path))} cannot be read: {error.strerror}") from error
     check_size(len(data), limits)
@@ -164,22 +171,23 @@ def _locate(path: Path, policy: SourcePolicy) -> tuple[Path, Path]:
     )
 
 
-def _open_beneath(root: Path, relative: Path) -> int:
-    """Open a file below a folder, step by step and following no link: the path may have changed since it was resolved.
+def _find_beneath(root: Path, relative: Path) -> int:
+    """Find a file below a folder, step by step and following no link: the path may have changed since it was resolved.
+
+    Returns:
+        A descriptor that stands for the file, which is not opened.
 
     Raises:
         OSError: If that is not possible.
     """
-    folder = os.open(root, os.O_PATH | os.O_DIRECTORY)
-    try:
-        for name in relative.parent.parts:
-            below = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
-            os.close(folder)
-            folder = below
-        # Without O_NONBLOCK, opening a pipe would wait for somebody to write into it.
-        return os.open(relative.name or ".", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
-    finally:
-        os.close(folder)
+    place = os.open(root, os.O_PATH | os.O_DIRECTORY)
+    for name in relative.parts:
+        try:
+            below = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=place)
+        finally:
+            os.close(place)
+        place = below
+    return place
 
 
 def _shown(text: str) -> str:

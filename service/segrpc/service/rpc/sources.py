@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from segrpc.service.errors import InvalidFieldError, InvalidInputError, Violation
@@ -29,8 +30,10 @@ async def find_image(images: ImageLibrary, owner: str, message: types_pb2.Image,
         "uri": images.from_uri,
         "digest": images.from_digest,
     }
+    threads = images.fetchers if source == "uri" else None
+    find = partial(finders[source], owner, getattr(message, source))
     try:
-        return await asyncio.to_thread(finders[source], owner, getattr(message, source))
+        return await asyncio.get_running_loop().run_in_executor(threads, find)
     except InvalidFieldError as error:
         raise InvalidFieldError.of(f"{field}.{source}", error.violations[0].description) from None
     except InvalidInputError as error:

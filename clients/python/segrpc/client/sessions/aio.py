@@ -157,6 +157,8 @@ class AsyncRefineSession(BaseSession[Coroutine[Any, Any, RefineResult]]):
             if task is not None and task.cancelling():
                 raise
             failure = SessionClosedError("the call was cancelled here")  # by `_close`, or because the client was closed
+        finally:
+            requests.put_nowait(None)  # grpc's task that reads them waits there still when the connection breaks
         delay = self._state.lost(failure, time.monotonic())
         self._notify()
         return delay
