@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 INSTALLED := $(VENV)/.installed
 DEPLOY_TOOLS := $(VENV)/.deploy-tools
-PROTOS := $(sort $(wildcard protos/segrpc/v1/*.proto))
+PROTOS := $(sort $(wildcard protos/segrpc/v1/*.proto protos/segrpc/admin/v1/*.proto))
 STUBS := generated/python
 # The reference in the tests' own process and the servers beside it must not spin for each other's cores.
 PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
@@ -118,7 +118,7 @@ define generate
 	$(BIN)/python -m grpc_tools.protoc -I protos \
 	  --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
 	  --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(PROTOS)
-	@touch $(1)/segrpc/v1/py.typed
+	@touch $(1)/segrpc/v1/py.typed $(1)/segrpc/admin/v1/py.typed
 endef
 
 protos: $(INSTALLED) ## generate the stubs in generated/ anew

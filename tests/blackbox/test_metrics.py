@@ -1,5 +1,6 @@
 """Metrics as Prometheus reads them from a real server."""
 
+import json
 import os
 import re
 import signal
@@ -24,6 +25,7 @@ from tests.server_process import ServerProcess, connect, raw
 
 SEGMENT, REFINE = "segrpc.v1.SegmentationService/Segment", "segrpc.v1.SegmentationService/Refine"
 MODEL = "sam2.1-hiera-tiny"
+DASHBOARD = Path(__file__).parents[2] / "service" / "deploy" / "grafana" / "segrpc.json"
 CLICK = [Prompt(points=[Point(x=30, y=20)])]
 
 
@@ -146,6 +148,40 @@ def test_labels_have_nothing_that_clients_chose(measured: ServerProcess, channel
     name, labels = ended("duration_seconds_count", SEGMENT, "NOT_FOUND")
     after = scrape_until(measured, lambda now: now.value(name, **labels) > 0)
     assert not [labels for _, labels in after.samples if any("secret" in value for _, value in labels)]
+
+
+def test_the_dashboard_asks_for_what_is_there(measured: ServerProcess, channel: grpc.Channel, photo: bytes) -> None:
+    with RefineStream(channel, RefineConfig(image=Image(data=photo))) as stream:
+        stream.opened()
+        stream.edit(add_points=points((30, 20)))
+        stream.result()
+        stream.finish()
+        stream.rest()
+    name, labels = ended("duration_seconds_count", REFINE)
+    there = scrape_until(
+        measured, lambda now: now.value(name, **labels) > 0 and now.value("segrpc_event_loop_lag_seconds_count") > 0
+    )
+    dashboard = json.loads(DASHBOARD.read_text("utf-8"))
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked += [
+        f"{variable['query']['query']}" for variable in dashboard["templating"]["list"] if variable["type"] == "query"
+    ]
+    outside = re.compile(r"\{[^}]*\}|\[[^]]*\]|by \([^)]*\)|, \w+\)$")  # labels and times
+    names = {
+        name for expression in asked for name in re.findall(r"[a-z_]{4,}(?![a-z_]*\()", outside.sub(" ", expression))
+    }
+    assert len(names) > 20
+    # Without a GPU there is nothing to tell of one.
+    assert names - there.names <= {"segrpc_device_memory_bytes"}
+    selected = {label for expression in asked for label in re.findall(r"(\w+)[=!]~?\"", expression)}
+    grouped = {
+        label
+        for expression in asked
+        for found in re.findall(r"by \(([^)]*)\)", expression)
+        for label in found.split(", ")
+    }
+    known = {label for _, pairs in there.samples for label, _ in pairs} | {"job", "instance"}  # Prometheus' own
+    assert selected | grouped <= known | {"segrpc_device"}
 
 
 def test_the_port_is_on_the_loopback_interface_unless_told(measured: ServerProcess) -> None:

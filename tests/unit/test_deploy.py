@@ -58,6 +58,17 @@ def test_the_environment_has_settings_that_may_listen_for_everybody(
     assert not loaded.insecure
 
 
+def test_ports_are_where_the_settings_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, ports = settings(environment(BASE), monkeypatch), pod()["containers"][0]["ports"]
+    named = {port["name"]: str(port["containerPort"]) for port in ports}
+    assert named == {"grpc": loaded.listen.rpartition(":")[2], "metrics": loaded.metrics_listen.rpartition(":")[2]}
+    assert re.findall(r"^EXPOSE (.*)$", DOCKERFILE, re.MULTILINE) == [" ".join(named.values())]
+    annotations = manifest(BASE / "deployment.yaml")["spec"]["template"]["metadata"]["annotations"]
+    assert annotations["prometheus.io/port"] == named["metrics"]
+    allowed = manifest(BASE / "networkpolicy.yaml")["spec"]["ingress"]
+    assert [port["port"] for rule in allowed for port in rule["ports"]] == list(named)
+
+
 def test_what_is_pulled_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = pod()
     assert settings(environment(BASE), monkeypatch).model in VARIANTS

@@ -319,8 +319,16 @@ def test_budgets_must_fit_into_the_memory(engine: str, fits: bool) -> None:
         ("[::1]:0", "[::1]:0"),
     ],
 )
-def test_metrics_are_on_the_loopback_interface_unless_told(given: str, listen: str) -> None:
-    assert load(metrics_listen=given).metrics_listen == listen
+def test_other_ports_are_on_the_loopback_interface_unless_told(given: str, listen: str) -> None:
+    settings = load(metrics_listen=given, admin_listen=given)
+    assert (settings.metrics_listen, settings.admin_listen) == (listen, listen)
+
+
+@pytest.mark.parametrize("given", ["0.0.0.0:1", "[::]:1", "10.0.0.1:1", "example.org:1"])
+def test_administration_stays_on_this_machine(given: str) -> None:
+    with pytest.raises(ConfigurationError, match="admin_listen"):
+        load(admin_listen=given, insecure=True).check_security()
+    load(admin_listen="[::1]:1").check_security()
 
 
 @pytest.mark.parametrize("given", ["localhost", "127.0.0.1:99999", ":9464", "127.0.0.1:x", "-1"])

@@ -167,14 +167,18 @@ class Settings(BaseSettings):
     metrics_listen: str = Field(
         "", description="address to answer Prometheus on, HOST:PORT, or PORT on 127.0.0.1; default: none"
     )
+    admin_listen: str = Field(
+        "",
+        description="address of this machine to answer operators on, HOST:PORT, or PORT on 127.0.0.1; default: none",
+    )
     otlp_endpoint: str = Field(
         "",
         description="URL to send metrics and traces to, OTLP over HTTP, such as http://127.0.0.1:4318; default: none",
     )
 
-    @field_validator("metrics_listen")
+    @field_validator("metrics_listen", "admin_listen")
     @classmethod
-    def _check_metrics_listen(cls, listen: str) -> str:
+    def _check_side_port(cls, listen: str) -> str:
         if not listen:
             return listen
         return cls._check_listen(listen if ":" in listen else f"127.0.0.1:{listen}")
@@ -249,6 +253,11 @@ class Settings(BaseSettings):
             raise ConfigurationError("tls_client_ca needs tls_certificate and tls_key")
         if len({bool(self.jwt_issuer), bool(self.jwt_audience), bool(self.jwt_jwks)}) > 1:
             raise ConfigurationError("jwt_issuer, jwt_audience and jwt_jwks need each other")
+        if self.admin_listen and not is_loopback(self.admin_listen.rpartition(":")[0]):
+            raise ConfigurationError(
+                f"admin_listen {self.admin_listen} must be on the loopback interface, such as 127.0.0.1:9465: "
+                "there nobody is asked who they are"
+            )
         if self.insecure or is_loopback(self.listen.rpartition(":")[0]):
             return
         missing = [

@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from segrpc.service.engine.base import Flushed
 from segrpc.service.engine.cache import CachedImage, EmbeddingCache
+from segrpc.service.engine.work import Holdings
 from segrpc.service.images.decode import ImageHeader
 from segrpc.service.models.base import Embedding
 from segrpc.service.models.grabcut import GrabCut
@@ -121,3 +123,15 @@ def test_clearing_drops_all(pin: bool) -> None:
     cache.clear()
     assert held(cache, "a", "b") == [None, None]
     assert cache.holdings().cached_bytes == cache.holdings().host_bytes == 0
+
+
+def test_flushing_keeps_what_somebody_is_about_to_use() -> None:
+    cache = EmbeddingCache(15, 100)
+    put(cache, "a", "b", model=MOVABLE)  # "a" has to go to the host
+    put(cache, "c", model=MOVABLE, pin=True)
+    flushed = cache.flush()
+    assert (flushed.count, flushed.nbytes) == (2, 20)
+    assert held(cache, "a", "b", "c") == [None, None, "c"]
+    cache.release(("model", "c"))
+    assert cache.flush().count == 1
+    assert (cache.holdings(), cache.flush()) == (Holdings(), Flushed())

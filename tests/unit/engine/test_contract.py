@@ -296,6 +296,25 @@ async def test_a_tiny_budget_still_answers(start_engine: StartEngine) -> None:
     assert engine.stats().cached_embeddings == 1
 
 
+async def test_flushed_embeddings_are_made_again(start_engine: StartEngine, tmp_path: Path) -> None:
+    engine = await start_engine("held")
+    before = [await ask(engine, image) for image in (A, B)]
+    held = engine.stats()
+    flushed = await engine.flush()
+    assert (flushed.count, flushed.nbytes) == (held.cached_embeddings, held.cached_bytes) == (2, held.cached_bytes)
+    assert engine.stats().cached_embeddings == engine.stats().cached_bytes == 0
+    after = await ask(engine, A)
+    assert (after.output, after.times.embedding_cached) == (before[0].output, False)
+    assert embeds(tmp_path) == 3
+
+
+async def test_hits_and_misses_are_counted(start_engine: StartEngine) -> None:
+    engine = await start_engine("held")
+    for image in (A, B, A, A):
+        await ask(engine, image)
+    assert (engine.stats().cache_hits, engine.stats().cache_misses, engine.stats().encodes) == (2, 2, 2)
+
+
 async def test_images_are_never_mixed(start_engine: StartEngine) -> None:
     engine = await start_engine("held")
     images = [picture(10 + i, 200 + i, 20 + i) for i in range(6)]

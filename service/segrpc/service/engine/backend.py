@@ -3,7 +3,7 @@
 from typing import Any, Protocol
 
 from segrpc.service.engine.base import CancelToken, ServedModel
-from segrpc.service.engine.work import Holdings, Work
+from segrpc.service.engine.work import Holdings, Order
 
 
 class Backend(Protocol):
@@ -19,7 +19,7 @@ class Backend(Protocol):
     async def stop(self) -> None:
         """Unload the models; nothing is running any more."""
 
-    async def run(self, work: Work, token: CancelToken) -> Any:
+    async def run(self, work: Order, token: CancelToken) -> Any:
         """Do a work; returns its `Result` once the work has ended, also when its token is cancelled meanwhile.
 
         Raises:

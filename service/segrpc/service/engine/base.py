@@ -192,6 +192,21 @@ class ServedModel:
 
 
 @dataclass(frozen=True, slots=True)
+class Flushed:
+    """What was let go.
+
+    Attributes:
+        count: How many things.
+        nbytes: How many bytes they took.
+        times: Where the time went.
+    """
+
+    count: int = 0
+    nbytes: int = 0
+    times: StageTimes = field(default_factory=StageTimes)
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """What an engine holds at the moment, and what it did so far.
 
@@ -316,6 +331,9 @@ class Engine(Protocol):
         Raises:
             SegrpcError: As `segment`.
         """
+
+    async def flush(self) -> Flushed:
+        """Let embeddings go, on the devices and in the host's memory, but those that jobs are about to use."""
 
     def stats(self) -> EngineStats:
         """Report what is held at the moment."""

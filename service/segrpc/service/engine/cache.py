@@ -4,6 +4,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 
+from segrpc.service.engine.base import Flushed
 from segrpc.service.engine.work import Holdings
 from segrpc.service.images.decode import ImageHeader
 from segrpc.service.models.base import Embedding, PromptableModel
@@ -127,6 +128,16 @@ class EmbeddingCache:
         with self._lock:
             self._device.clear()
             self._host.clear()
+
+    def flush(self) -> Flushed:
+        """Drop all but what is pinned; return what that was."""
+        with self._lock:
+            count, nbytes = 0, 0
+            for tier in (self._device, self._host):
+                for key in [key for key in tier.entries if key not in self._pins]:
+                    count, nbytes = count + 1, nbytes + tier.entries[key].image.embedding.nbytes
+                    tier.pop(key)
+            return Flushed(count, nbytes)
 
     def holdings(self) -> Holdings:
         """Report what is held."""

@@ -15,7 +15,7 @@ from typing import Any, Self
 from segrpc.service.engine.base import CancelToken, EngineOptions, SegmentResult, ServedModel
 from segrpc.service.engine.messages import Answer, Call, Cancel, Failed, Ready, Release, Start, Stop
 from segrpc.service.engine.wire import Connection
-from segrpc.service.engine.work import DecodeWork, EncodeWork, Holdings, PredictWork, Work, WorkerLost
+from segrpc.service.engine.work import DecodeWork, EncodeWork, Holdings, Order, PredictWork, WorkerLost
 
 log = logging.getLogger("segrpc.engine")
 
@@ -163,7 +163,7 @@ class Child:
         """Whether the process is gone."""
         return self._open_links == 0
 
-    async def run(self, work: Work, token: CancelToken) -> Any:
+    async def run(self, work: Order, token: CancelToken) -> Any:
         """Have a work done; see `Backend.run`."""
         if self.ended:
             raise WorkerLost
@@ -254,7 +254,7 @@ def _spawn(sockets: list[int]) -> "subprocess.Popen[bytes]":
     )
 
 
-def _is_large(work: Work) -> bool:
+def _is_large(work: Order) -> bool:
     """Whether a work or its result carries an image file or an embedding."""
     if isinstance(work, DecodeWork):
         return work.brings_embedding or work.input.return_image_embedding

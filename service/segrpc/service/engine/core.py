@@ -16,6 +16,7 @@ from segrpc.service.engine.work import (
     EmbeddingMissing,
     EncodedImage,
     EncodeWork,
+    FlushWork,
     Holdings,
     PredictWork,
     Ticket,
@@ -127,7 +128,7 @@ class Core:
                 ticket.settle(error)
 
     def decode(self, tickets: Sequence[Ticket]) -> None:
-        """Do works of the decode lane: `TouchWork` and `DecodeWork`.
+        """Do works of the decode lane: `TouchWork`, `DecodeWork` and `FlushWork`.
 
         Prompts of several works go to a model together if it `batches`; otherwise one work follows the other.
         """
@@ -135,6 +136,9 @@ class Core:
         for ticket in tickets:
             try:
                 ticket.token.check()
+                if isinstance(ticket.work, FlushWork):
+                    ticket.settle(self._cache.flush())
+                    continue
                 if isinstance(ticket.work, TouchWork):
                     image = self._cached(ticket.work.model, ticket.work.digest)
                     ticket.settle(EncodedImage(image.header, StageTimes()))

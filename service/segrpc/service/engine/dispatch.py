@@ -13,6 +13,7 @@ from segrpc.service.engine.base import (
     EncodeResult,
     EngineOptions,
     EngineStats,
+    Flushed,
     SegmentJob,
     SegmentResult,
     ServedModel,
@@ -27,6 +28,7 @@ from segrpc.service.engine.work import (
     EmbeddingMissing,
     EncodedImage,
     EncodeWork,
+    FlushWork,
     PredictWork,
     TouchWork,
     WorkerLost,
@@ -139,6 +141,11 @@ class Dispatcher:
             except OverloadedError as error:
                 refusals.append(error)
         raise refusals[0]
+
+    async def flush(self) -> Flushed:
+        """Let embeddings go that nobody is about to use."""
+        flushed = await asyncio.gather(*map(_flushed, self._backends))
+        return Flushed(sum(one.count for one in flushed), sum(one.nbytes for one in flushed))
 
     async def segment(self, job: SegmentJob, token: CancelToken) -> SegmentResult:
         """Answer an input."""
@@ -268,6 +275,14 @@ class Dispatcher:
             return found
 
         return image, await asyncio.to_thread(check)
+
+
+async def _flushed(backend: Backend) -> Flushed:
+    try:
+        flushed: Flushed = await backend.run(FlushWork(), CancelToken())
+    except (WorkerLost, WorkerUnavailableError):
+        return Flushed()  # embeddings went with the worker
+    return flushed
 
 
 async def _retried(attempt: Callable[[StageTimes], Awaitable[R]]) -> R:

@@ -6,7 +6,7 @@ from typing import Any
 from segrpc.service.engine.base import CancelToken, EngineOptions, ServedModel
 from segrpc.service.engine.dispatch import Dispatcher
 from segrpc.service.engine.local import LocalCore
-from segrpc.service.engine.work import Holdings, Work
+from segrpc.service.engine.work import Holdings, Order
 
 
 class InlineBackend:
@@ -36,7 +36,7 @@ class InlineBackend:
         if core is not None:
             await asyncio.to_thread(core.stop)
 
-    async def run(self, work: Work, token: CancelToken) -> Any:
+    async def run(self, work: Order, token: CancelToken) -> Any:
         """Do a work."""
         return await asyncio.wrap_future(self._running().submit(work, token))
 

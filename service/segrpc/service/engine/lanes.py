@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from segrpc.service.engine.base import CancelToken
-from segrpc.service.engine.work import Result, Ticket, Work
+from segrpc.service.engine.work import Order, Result, Ticket
 from segrpc.service.errors import DeadlineError
 
 log = logging.getLogger("segrpc.engine")
@@ -37,7 +37,7 @@ class Lane:
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, work: Work, token: CancelToken) -> "Future[Result]":
+    def submit(self, work: Order, token: CancelToken) -> "Future[Result]":
         """Put a work at the end of the queue. If its token is cancelled while it waits there, it fails at once.
 
         Raises:

@@ -5,7 +5,7 @@ from concurrent.futures import Future
 from segrpc.service.engine.base import CancelToken, EngineOptions, ServedModel
 from segrpc.service.engine.core import Core
 from segrpc.service.engine.lanes import Lane
-from segrpc.service.engine.work import DecodeWork, Holdings, Result, TouchWork, Work
+from segrpc.service.engine.work import DecodeWork, FlushWork, Holdings, Order, Result, TouchWork
 
 ENCODE_NICE = 10  # measured: docs/adr/0006-worker.md
 MOST_TOGETHER = 16  # works that a model which batches gets at once: more take memory and gain little
@@ -42,7 +42,7 @@ class LocalCore:
         self._lanes = None
         self._core.unload()
 
-    def submit(self, work: Work, token: CancelToken) -> "Future[Result]":
+    def submit(self, work: Order, token: CancelToken) -> "Future[Result]":
         """Put a work in its lane's queue.
 
         Raises:
@@ -51,7 +51,7 @@ class LocalCore:
         if self._lanes is None:
             raise RuntimeError("the core is not started")
         encode, decode = self._lanes
-        return (decode if isinstance(work, DecodeWork | TouchWork) else encode).submit(work, token)
+        return (decode if isinstance(work, DecodeWork | TouchWork | FlushWork) else encode).submit(work, token)
 
     def release(self, model: str, digest: str) -> None:
         """See `Core.release`."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from segrpc.service import errors
 from segrpc.service.engine.base import EngineOptions, ServedModel
-from segrpc.service.engine.work import EmbeddingMissing, Holdings, Result, Work, WorkerBug
+from segrpc.service.engine.work import EmbeddingMissing, Holdings, Order, Result, WorkerBug
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Call:
     """A work, its number, and the seconds until its deadline if there is one."""
 
     number: int
-    work: Work
+    work: Order
     timeout: float | None
 
 

@@ -11,7 +11,7 @@ from segrpc.service.engine.dispatch import Dispatcher
 from segrpc.service.engine.pacing import RETRY_AFTER
 from segrpc.service.engine.waiting import until
 from segrpc.service.engine.warm_up import warm_up
-from segrpc.service.engine.work import Holdings, Work, WorkerLost
+from segrpc.service.engine.work import Holdings, Order, WorkerLost
 from segrpc.service.errors import ModelLoadError, SegrpcError, WorkerUnavailableError
 
 log = logging.getLogger("segrpc.engine")
@@ -64,7 +64,7 @@ class ProcessBackend:
         if current is not None and current.done():
             await current.result().stop()
 
-    async def run(self, work: Work, token: CancelToken) -> Any:
+    async def run(self, work: Order, token: CancelToken) -> Any:
         """Do a work; waits for a worker if there is none.
 
         Raises:

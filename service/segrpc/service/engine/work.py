@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pickle import PickleBuffer
 from typing import Any, TypeAlias
 
-from segrpc.service.engine.base import CancelToken, SegmentResult, StageTimes
+from segrpc.service.engine.base import CancelToken, Flushed, SegmentResult, StageTimes
 from segrpc.service.images.decode import ImageHeader
 from segrpc.service.schemas import FloatType, SegmentationInput
 
@@ -94,6 +94,11 @@ class PredictWork:
 
 
 @dataclass(frozen=True, slots=True)
+class FlushWork:
+    """Let go of all embeddings that nobody is about to use."""
+
+
+@dataclass(frozen=True, slots=True)
 class EncodedImage:
     """The answer to `EncodeWork` and `TouchWork`.
 
@@ -118,7 +123,8 @@ class Holdings:
 
 
 Work: TypeAlias = DecodeWork | TouchWork | EncodeWork | PredictWork
-Result: TypeAlias = SegmentResult | EncodedImage
+Order: TypeAlias = Work | FlushWork
+Result: TypeAlias = SegmentResult | EncodedImage | Flushed
 
 
 @dataclass(eq=False, slots=True)
@@ -133,7 +139,7 @@ class Ticket:
         waited: Seconds that it waited for its lane.
     """
 
-    work: Work
+    work: Order
     token: CancelToken
     future: "Future[Result]" = field(default_factory=Future)
     queued: float = field(default_factory=time.perf_counter)

@@ -9,14 +9,12 @@ from typing import TypeVar
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
-from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest, ServerReflectionResponse
 
 from segrpc.service.admission.ledger import Ledger
 from segrpc.service.admission.limits import Limits, Resource
 from segrpc.service.admission.limits_file import read_limits
 from segrpc.service.admission.memory import MemoryGuard
-from segrpc.service.engine.base import Engine
+from segrpc.service.engine.base import Engine, Flushed
 from segrpc.service.errors import ConfigurationError
 from segrpc.service.identity.authenticator import Authenticator
 from segrpc.service.identity.jwks import JwksFile, JwksUrl, KeySource
@@ -27,8 +25,10 @@ from segrpc.service.images.decode import ImageLimits
 from segrpc.service.images.library import ImageLibrary
 from segrpc.service.images.sources import SourcePolicy
 from segrpc.service.images.store import ImageStore
+from segrpc.service.rpc.admin import AdminPort
 from segrpc.service.rpc.interceptors import Boundary
 from segrpc.service.rpc.patience import Patience
+from segrpc.service.rpc.reflection import add_reflection
 from segrpc.service.rpc.servicer import ModelServicer, SegmentationServicer
 from segrpc.service.rpc.services import Services
 from segrpc.service.rpc.tls import tls_credentials
@@ -57,7 +57,6 @@ METHODS = tuple(
     for method in service.methods
 )
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 
 CLOSE_SECONDS = 1.0  # for answers that are on their way when the port closes
 WATCH_SECONDS = 0.2  # between looks at whether grpc still serves
@@ -143,6 +142,7 @@ class Server:
         self._follower: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._server = self._make_server()
+        self._admin = self._make_admin_port()
 
     async def start(self) -> str:
         """Open the port, load the models and serve.
@@ -159,6 +159,8 @@ class Server:
             port = self._open_port(self._server, self._settings.listen)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {self._settings.listen}: is the address right, and free?") from error
+        if self._admin is not None:
+            log.info("administration is on %s", self._admin.open(self._settings.admin_listen))
         await self._telemetry.start()
         await self._set_serving(False, "", *SERVICES)
         await self._engine.start()
@@ -168,6 +170,8 @@ class Server:
             await self._engine.stop()
             raise
         await self._server.start()
+        if self._admin is not None:
+            await self._admin.start()
         address = f"{self._settings.listen.rpartition(':')[0]}:{port}"
         await self._set_serving(True, "", *SERVICES, HEALTH)
         self._follower = asyncio.create_task(self._follow_engine())
@@ -183,6 +187,11 @@ class Server:
         """Tell health checkers whether prompts are answered. What needs no model is served all the time."""
         async for troubles in self._engine.troubles():
             await self._set_serving(not troubles, "", SEGMENTATION)
+
+    def _make_admin_port(self) -> AdminPort | None:
+        if not self._settings.admin_listen:
+            return None
+        return AdminPort(self, self._telemetry.observers, reflects=self._settings.reflection)
 
     def _make_server(self) -> grpc.aio.Server:
         server = grpc.aio.server(
@@ -200,7 +209,7 @@ class Server:
         add_ModelServiceServicer_to_server(ModelServicer(self._services), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self._settings.reflection:
-            _add_reflection(server)
+            add_reflection(server, (*SERVICES, HEALTH))
         return server
 
     async def _keep_serving(self, address: str) -> None:
@@ -303,31 +312,44 @@ class Server:
             engine=self._engine.stats(),
         )
 
-    async def stop(self) -> None:
-        """Tell health checkers, finish the calls in progress, close the port and unload the models."""
+    @property
+    def draining(self) -> bool:
+        """Whether calls are refused because it shuts down."""
+        return self._boundary.draining.is_set()
+
+    async def drain(self, seconds: float | None = None) -> bool:
+        """Tell health checkers, refuse new calls and wait for those in progress.
+
+        Args:
+            seconds: How long to wait at most; None until streams have ended, which do so by themselves.
+
+        Returns:
+            Whether all have ended.
+        """
         if self._follower is not None:
             self._follower.cancel()
         # The health service itself, which stands for the process being alive, serves to the end.
         await self._set_serving(False, "", *SERVICES)
-        # Streams end by themselves when their time is over.
-        if not await self._boundary.drain(self._settings.drain_seconds + CLOSE_SECONDS):
+        return await self._boundary.drain(self._settings.drain_seconds + CLOSE_SECONDS if seconds is None else seconds)
+
+    async def flush_embeddings(self) -> Flushed:
+        """Let embeddings go that nobody is about to use."""
+        return await self._engine.flush()
+
+    def flush_images(self) -> Flushed:
+        """Let images go that are known by digest."""
+        count, nbytes = len(self._store), self._store.nbytes
+        self._store.shrink(nbytes)
+        return Flushed(count - len(self._store), nbytes - self._store.nbytes)
+
+    async def stop(self) -> None:
+        """Finish the calls in progress, close the port and unload the models."""
+        if not await self.drain():
             log.warning("calls were still in progress after %g s and are cut off", self._settings.drain_seconds)
         for task in self._tasks:
             task.cancel()
         await self._server.stop(CLOSE_SECONDS)
         await self._engine.stop()
+        if self._admin is not None:
+            await self._admin.stop()
         await self._telemetry.stop()
-
-
-def _add_reflection(server: grpc.aio.Server) -> None:
-    names = (*SERVICES, HEALTH, reflection.SERVICE_NAME)  # version 1 has no descriptor that could be told
-    servicer = reflection.aio.ReflectionServicer(names)
-    reflection.enable_server_reflection(names, server)
-    # Version 1 has the messages of v1alpha under another name; grpcio-reflection offers v1alpha only.
-    method = grpc.stream_stream_rpc_method_handler(
-        servicer.ServerReflectionInfo,
-        request_deserializer=ServerReflectionRequest.FromString,
-        response_serializer=ServerReflectionResponse.SerializeToString,
-    )
-    handlers = {"ServerReflectionInfo": method}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(REFLECTION_V1, handlers),))
