@@ -30,6 +30,7 @@ class TcpProxy:
         self._threads: list[threading.Thread] = []
         self._down = False
         self._refused = 0
+        self._accepted = 0
         self._swallowing = False
         self._swallowed = 0
         self._to_server = self._to_client = 0
@@ -45,6 +46,12 @@ class TcpProxy:
         """How many bytes clients have got so far."""
         with self._changed:
             return self._to_client
+
+    @property
+    def connections(self) -> int:
+        """How many connections were passed on so far."""
+        with self._changed:
+            return self._accepted
 
     def cut(self, *, stay_down: bool = False) -> None:
         """Break all connections; with ``stay_down`` new ones end at once, until `mend`."""
@@ -109,6 +116,7 @@ class TcpProxy:
                     self._refused += 1
                     self._changed.notify_all()
                     continue
+                self._accepted += 1
                 server = socket.create_connection(self._server)
                 self._open |= {client, server}
                 waker, woken = socket.socketpair()

@@ -1,4 +1,4 @@
-"""Clients that neither send nor read when it is their turn: the server waits for so long and no longer."""
+"""Clients that neither send nor read when it is their turn, or are gone, and connections that grow old."""
 
 import queue
 from collections.abc import Iterator
@@ -7,6 +7,8 @@ from typing import Any
 import grpc
 import pytest
 
+from segrpc.v1.model_service_pb2 import ListModelsRequest
+from segrpc.v1.model_service_pb2_grpc import ModelServiceStub
 from segrpc.v1.refine_pb2 import EDIT_POLICY_EVERY_EDIT, MovePoint, RefineConfig, Resume, UploadHeader
 from segrpc.v1.segmentation_service_pb2 import UploadImageRequest
 from segrpc.v1.segmentation_service_pb2_grpc import SegmentationServiceStub
@@ -15,6 +17,7 @@ from tests.blackbox.failure import parse
 from tests.blackbox.refine_stream import RefineStream, points
 from tests.photos import photo_bytes
 from tests.server_process import ServerProcess, connect
+from tests.tcp_proxy import TcpProxy
 
 STALL_SECONDS = 1.0
 NARROW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 2**16))  # little is taken ahead of the reader
@@ -24,7 +27,8 @@ PHOTO = photo_bytes("chelsea")
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     log = tmp_path_factory.mktemp("stalls") / "log"
-    with ServerProcess("--stall-seconds", str(STALL_SECONDS), log=log) as process:
+    options = ("--stall-seconds", str(STALL_SECONDS), "--keepalive-seconds", "3", "--max-connection-age-seconds", "1")
+    with ServerProcess(*options, log=log) as process:
         yield process
 
 
@@ -96,3 +100,38 @@ def test_answers_that_are_not_read(server: ServerProcess) -> None:
             stream.finish()
             stream.rest()
     server.settle(before)
+
+
+def test_a_client_that_vanishes(server: ServerProcess) -> None:
+    before = server.stats()
+    with (
+        TcpProxy(server.target) as proxy,
+        grpc.insecure_channel(proxy.target) as channel,
+        RefineStream(channel, RefineConfig(image=Image(data=PHOTO))) as stream,
+    ):
+        opened = stream.opened().opened
+        proxy.swallow_answers()
+        server.wait_for(lambda stats: stats["attached_sessions"] == 0 and stats["sessions"] == 1, 90)
+    resume = Resume(session_id=opened.session_id, resume_token=opened.resume_token)
+    with connect(server) as channel, RefineStream(channel, RefineConfig(resume=resume)) as stream:
+        assert stream.opened().opened.session_id == opened.session_id
+        stream.finish()
+        stream.rest()
+    server.settle(before)
+
+
+def test_a_session_outlives_the_age_of_its_connection(server: ServerProcess) -> None:
+    own, config = [("grpc.use_local_subchannel_pool", 1)], RefineConfig(image=Image(data=PHOTO))
+    with (
+        TcpProxy(server.target) as proxy,
+        grpc.insecure_channel(proxy.target, own) as channel,
+        RefineStream(channel, config) as stream,
+    ):
+        stream.opened()
+        models = ModelServiceStub(channel)
+        while proxy.connections == 1:  # until calls go over another connection: the first is too old
+            models.ListModels(ListModelsRequest(), timeout=30)
+        stream.edit(add_points=points((200, 150)))
+        assert stream.result().shown_revision == 1
+        stream.finish()
+        assert stream.rest() == []

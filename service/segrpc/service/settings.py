@@ -156,6 +156,15 @@ class Settings(BaseSettings):
     fetch_timeout: Seconds = Field(10.0, gt=0, description="seconds for fetching an image by URL")
 
     reflection: bool = Field(True, description="answer gRPC server reflection")
+    keepalive_seconds: Seconds = Field(
+        60.0, ge=1, description="silence of a connection after which the server asks whether its client is still there"
+    )
+    max_connection_age_seconds: Seconds = Field(
+        0.0,
+        ge=0,
+        description="after so long clients open a new connection, and may find another server; streams that are open "
+        "go on; 0: never",
+    )
     stall_seconds: Seconds = Field(
         60.0,
         gt=0,

@@ -58,6 +58,7 @@ METHODS = tuple(
 )
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
+MAX_PONG_SECONDS = 10.0  # that a client has to answer whether it is there
 CLOSE_SECONDS = 1.0  # for answers that are on their way when the port closes
 WATCH_SECONDS = 0.2  # between looks at whether grpc still serves
 
@@ -194,17 +195,7 @@ class Server:
         return AdminPort(self, self._telemetry.observers, reflects=self._settings.reflection)
 
     def _make_server(self) -> grpc.aio.Server:
-        server = grpc.aio.server(
-            interceptors=[self._boundary],
-            options=[
-                ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it silently
-                ("grpc.max_receive_message_length", int(self._settings.max_message_bytes)),
-                ("grpc.max_send_message_length", -1),
-                ("grpc.max_concurrent_streams", self._settings.max_streams_per_connection),
-                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-                ("grpc.keepalive_permit_without_calls", 1),
-            ],
-        )
+        server = grpc.aio.server(interceptors=[self._boundary], options=_connection_options(self._settings))
         add_SegmentationServiceServicer_to_server(SegmentationServicer(self._services), server)
         add_ModelServiceServicer_to_server(ModelServicer(self._services), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -353,3 +344,25 @@ class Server:
         if self._admin is not None:
             await self._admin.stop()
         await self._telemetry.stop()
+
+
+def _connection_options(settings: Settings) -> list[tuple[str, int]]:
+    pong_ms = round(min(settings.keepalive_seconds, MAX_PONG_SECONDS) * 1e3)
+    options = [
+        ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it silently
+        ("grpc.max_receive_message_length", int(settings.max_message_bytes)),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.max_concurrent_streams", settings.max_streams_per_connection),
+        # What clients may do: gRPC ends connections with more pings than this.
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        # What the server does, so that streams of clients that are no longer there end.
+        ("grpc.keepalive_time_ms", round(settings.keepalive_seconds * 1e3)),
+        ("grpc.keepalive_timeout_ms", pong_ms),
+        ("grpc.http2.ping_timeout_ms", pong_ms),  # the one that counts in gRPC 1.85
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
+    if settings.max_connection_age_seconds:
+        # Streams that are open then go on as long as they like: that is the default of the grace time.
+        options.append(("grpc.max_connection_age_ms", round(settings.max_connection_age_seconds * 1e3)))
+    return options
