@@ -77,6 +77,8 @@ def test_statistics_are_those_of_the_process(sam2_site: Site, photo: bytes) -> N
         assert (told.calls, told.sessions, told.attached_sessions, told.draining) == (1, 1, 1, False)
         for name in ("session_bytes", "images", "image_bytes"):
             assert getattr(told, name) == expected[name] > 0
+        assert (dict(told.taken), dict(told.limits)) == (expected["taken"], expected["limits"])
+        assert told.limits["max_streams"] > told.taken["max_streams"] == 1
         stream.finish()
         stream.rest()
     as_given: dict[str, Any] = {"preserving_proto_field_name": True, "always_print_fields_with_no_presence": True}

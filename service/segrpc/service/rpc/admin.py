@@ -105,6 +105,8 @@ def statistics_message(now: Statistics, draining: bool) -> admin_service_pb2.Get
         images=now.images,
         image_bytes=now.image_bytes,
         draining=draining,
+        taken=now.taken,
+        limits=now.limits,
         engine=admin_service_pb2.EngineStatistics(device_memory=memory, **engine),
     )
 

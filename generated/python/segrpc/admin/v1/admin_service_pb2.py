@@ -25,29 +25,37 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#segrpc/admin/v1/admin_service.proto\x12\x0fsegrpc.admin.v1\x1a\x1egoogle/protobuf/duration.proto\"\x16\n\x14GetStatisticsRequest\"\xd4\x01\n\x15GetStatisticsResponse\x12\r\n\x05\x63\x61lls\x18\x01 \x01(\x03\x12\x10\n\x08sessions\x18\x02 \x01(\x03\x12\x19\n\x11\x61ttached_sessions\x18\x03 \x01(\x03\x12\x15\n\rsession_bytes\x18\x04 \x01(\x03\x12\x0e\n\x06images\x18\x05 \x01(\x03\x12\x13\n\x0bimage_bytes\x18\x06 \x01(\x03\x12\x10\n\x08\x64raining\x18\x07 \x01(\x08\x12\x31\n\x06\x65ngine\x18\x08 \x01(\x0b\x32!.segrpc.admin.v1.EngineStatistics\"\xc4\x02\n\x10\x45ngineStatistics\x12\x0f\n\x07pending\x18\x01 \x01(\x03\x12\x10\n\x08\x65ncoding\x18\x02 \x01(\x03\x12\x10\n\x08\x64\x65\x63oding\x18\x03 \x01(\x03\x12\x19\n\x11\x63\x61\x63hed_embeddings\x18\x04 \x01(\x03\x12\x14\n\x0c\x63\x61\x63hed_bytes\x18\x05 \x01(\x03\x12\x17\n\x0fhost_embeddings\x18\x06 \x01(\x03\x12\x12\n\nhost_bytes\x18\x07 \x01(\x03\x12\x12\n\ncache_hits\x18\x08 \x01(\x03\x12\x14\n\x0c\x63\x61\x63he_misses\x18\t \x01(\x03\x12\x0f\n\x07\x65ncodes\x18\n \x01(\x03\x12\x17\n\x0fworker_restarts\x18\x0b \x01(\x03\x12\x13\n\x0bworker_pids\x18\x0c \x03(\x03\x12\x34\n\rdevice_memory\x18\r \x03(\x0b\x32\x1d.segrpc.admin.v1.DeviceMemory\"2\n\x0c\x44\x65viceMemory\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x12\n\nheld_bytes\x18\x02 \x01(\x03\":\n\x0c\x44rainRequest\x12*\n\x07timeout\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x1e\n\rDrainResponse\x12\r\n\x05\x63\x61lls\x18\x01 \x01(\x03\"8\n\x12\x46lushCachesRequest\x12\x12\n\nembeddings\x18\x01 \x01(\x08\x12\x0e\n\x06images\x18\x02 \x01(\x08\"g\n\x13\x46lushCachesResponse\x12\x12\n\nembeddings\x18\x01 \x01(\x03\x12\x17\n\x0f\x65mbedding_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06images\x18\x03 \x01(\x03\x12\x13\n\x0bimage_bytes\x18\x04 \x01(\x03\x32\x90\x02\n\x0c\x41\x64minService\x12^\n\rGetStatistics\x12%.segrpc.admin.v1.GetStatisticsRequest\x1a&.segrpc.admin.v1.GetStatisticsResponse\x12\x46\n\x05\x44rain\x12\x1d.segrpc.admin.v1.DrainRequest\x1a\x1e.segrpc.admin.v1.DrainResponse\x12X\n\x0b\x46lushCaches\x12#.segrpc.admin.v1.FlushCachesRequest\x1a$.segrpc.admin.v1.FlushCachesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#segrpc/admin/v1/admin_service.proto\x12\x0fsegrpc.admin.v1\x1a\x1egoogle/protobuf/duration.proto\"\x16\n\x14GetStatisticsRequest\"\xb7\x03\n\x15GetStatisticsResponse\x12\r\n\x05\x63\x61lls\x18\x01 \x01(\x03\x12\x10\n\x08sessions\x18\x02 \x01(\x03\x12\x19\n\x11\x61ttached_sessions\x18\x03 \x01(\x03\x12\x15\n\rsession_bytes\x18\x04 \x01(\x03\x12\x0e\n\x06images\x18\x05 \x01(\x03\x12\x13\n\x0bimage_bytes\x18\x06 \x01(\x03\x12\x10\n\x08\x64raining\x18\x07 \x01(\x08\x12\x31\n\x06\x65ngine\x18\x08 \x01(\x0b\x32!.segrpc.admin.v1.EngineStatistics\x12@\n\x05taken\x18\t \x03(\x0b\x32\x31.segrpc.admin.v1.GetStatisticsResponse.TakenEntry\x12\x42\n\x06limits\x18\n \x03(\x0b\x32\x32.segrpc.admin.v1.GetStatisticsResponse.LimitsEntry\x1a,\n\nTakenEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a-\n\x0bLimitsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\xc4\x02\n\x10\x45ngineStatistics\x12\x0f\n\x07pending\x18\x01 \x01(\x03\x12\x10\n\x08\x65ncoding\x18\x02 \x01(\x03\x12\x10\n\x08\x64\x65\x63oding\x18\x03 \x01(\x03\x12\x19\n\x11\x63\x61\x63hed_embeddings\x18\x04 \x01(\x03\x12\x14\n\x0c\x63\x61\x63hed_bytes\x18\x05 \x01(\x03\x12\x17\n\x0fhost_embeddings\x18\x06 \x01(\x03\x12\x12\n\nhost_bytes\x18\x07 \x01(\x03\x12\x12\n\ncache_hits\x18\x08 \x01(\x03\x12\x14\n\x0c\x63\x61\x63he_misses\x18\t \x01(\x03\x12\x0f\n\x07\x65ncodes\x18\n \x01(\x03\x12\x17\n\x0fworker_restarts\x18\x0b \x01(\x03\x12\x13\n\x0bworker_pids\x18\x0c \x03(\x03\x12\x34\n\rdevice_memory\x18\r \x03(\x0b\x32\x1d.segrpc.admin.v1.DeviceMemory\"2\n\x0c\x44\x65viceMemory\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x12\n\nheld_bytes\x18\x02 \x01(\x03\":\n\x0c\x44rainRequest\x12*\n\x07timeout\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x1e\n\rDrainResponse\x12\r\n\x05\x63\x61lls\x18\x01 \x01(\x03\"8\n\x12\x46lushCachesRequest\x12\x12\n\nembeddings\x18\x01 \x01(\x08\x12\x0e\n\x06images\x18\x02 \x01(\x08\"g\n\x13\x46lushCachesResponse\x12\x12\n\nembeddings\x18\x01 \x01(\x03\x12\x17\n\x0f\x65mbedding_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06images\x18\x03 \x01(\x03\x12\x13\n\x0bimage_bytes\x18\x04 \x01(\x03\x32\x90\x02\n\x0c\x41\x64minService\x12^\n\rGetStatistics\x12%.segrpc.admin.v1.GetStatisticsRequest\x1a&.segrpc.admin.v1.GetStatisticsResponse\x12\x46\n\x05\x44rain\x12\x1d.segrpc.admin.v1.DrainRequest\x1a\x1e.segrpc.admin.v1.DrainResponse\x12X\n\x0b\x46lushCaches\x12#.segrpc.admin.v1.FlushCachesRequest\x1a$.segrpc.admin.v1.FlushCachesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'segrpc.admin.v1.admin_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_GETSTATISTICSRESPONSE_TAKENENTRY']._loaded_options = None
+  _globals['_GETSTATISTICSRESPONSE_TAKENENTRY']._serialized_options = b'8\001'
+  _globals['_GETSTATISTICSRESPONSE_LIMITSENTRY']._loaded_options = None
+  _globals['_GETSTATISTICSRESPONSE_LIMITSENTRY']._serialized_options = b'8\001'
   _globals['_GETSTATISTICSREQUEST']._serialized_start=88
   _globals['_GETSTATISTICSREQUEST']._serialized_end=110
   _globals['_GETSTATISTICSRESPONSE']._serialized_start=113
-  _globals['_GETSTATISTICSRESPONSE']._serialized_end=325
-  _globals['_ENGINESTATISTICS']._serialized_start=328
-  _globals['_ENGINESTATISTICS']._serialized_end=652
-  _globals['_DEVICEMEMORY']._serialized_start=654
-  _globals['_DEVICEMEMORY']._serialized_end=704
-  _globals['_DRAINREQUEST']._serialized_start=706
-  _globals['_DRAINREQUEST']._serialized_end=764
-  _globals['_DRAINRESPONSE']._serialized_start=766
-  _globals['_DRAINRESPONSE']._serialized_end=796
-  _globals['_FLUSHCACHESREQUEST']._serialized_start=798
-  _globals['_FLUSHCACHESREQUEST']._serialized_end=854
-  _globals['_FLUSHCACHESRESPONSE']._serialized_start=856
-  _globals['_FLUSHCACHESRESPONSE']._serialized_end=959
-  _globals['_ADMINSERVICE']._serialized_start=962
-  _globals['_ADMINSERVICE']._serialized_end=1234
+  _globals['_GETSTATISTICSRESPONSE']._serialized_end=552
+  _globals['_GETSTATISTICSRESPONSE_TAKENENTRY']._serialized_start=461
+  _globals['_GETSTATISTICSRESPONSE_TAKENENTRY']._serialized_end=505
+  _globals['_GETSTATISTICSRESPONSE_LIMITSENTRY']._serialized_start=507
+  _globals['_GETSTATISTICSRESPONSE_LIMITSENTRY']._serialized_end=552
+  _globals['_ENGINESTATISTICS']._serialized_start=555
+  _globals['_ENGINESTATISTICS']._serialized_end=879
+  _globals['_DEVICEMEMORY']._serialized_start=881
+  _globals['_DEVICEMEMORY']._serialized_end=931
+  _globals['_DRAINREQUEST']._serialized_start=933
+  _globals['_DRAINREQUEST']._serialized_end=991
+  _globals['_DRAINRESPONSE']._serialized_start=993
+  _globals['_DRAINRESPONSE']._serialized_end=1023
+  _globals['_FLUSHCACHESREQUEST']._serialized_start=1025
+  _globals['_FLUSHCACHESREQUEST']._serialized_end=1081
+  _globals['_FLUSHCACHESRESPONSE']._serialized_start=1083
+  _globals['_FLUSHCACHESRESPONSE']._serialized_end=1186
+  _globals['_ADMINSERVICE']._serialized_start=1189
+  _globals['_ADMINSERVICE']._serialized_end=1461
 # @@protoc_insertion_point(module_scope)
