@@ -42,6 +42,7 @@ def channel_options(extra: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", -1),
         ("grpc.keepalive_time_ms", 30_000),  # less than 10 s would be refused as too many pings
+        ("grpc.http2.ping_timeout_ms", 20_000),  # gRPC 1.85 would wait a minute for the answer
         # Tried again soon: gRPC would wait up to two minutes, longer than a person or a session does.
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 2_000),
