@@ -45,9 +45,15 @@ class Lane:
         """Do a work by itself."""
         self.done(self.enter(prompts, model), seconds)
 
+    def cost(self, prompts: int = 1, model: str = "m") -> float:
+        """What a work is thought to take."""
+        place = self.enter(prompts, model)
+        self.queue.leave(place, 0.0)
+        return place.cost
+
     def refused(self, timeout: float | None, prompts: int = 1, model: str = "m") -> OverloadedError | None:
         try:
-            self.queue.check(self.queue.cost(decode(prompts, model)), ANYBODY, CancelToken(timeout))
+            self.queue.check(self.cost(prompts, model), ANYBODY, CancelToken(timeout))
         except OverloadedError as error:
             return error
         return None
@@ -100,19 +106,19 @@ def test_the_estimate_follows_and_one_slow_work_is_forgotten() -> None:
     for _ in range(16):
         lane.learn(1.0)
     lane.learn(17.0)
-    assert lane.queue.cost(decode()) == pytest.approx(2.0)
+    assert lane.cost() == pytest.approx(2.0)
     for _ in range(100):
         lane.learn(1.0)
-    assert lane.queue.cost(decode()) == pytest.approx(1.0, rel=0.01)
+    assert lane.cost() == pytest.approx(1.0, rel=0.01)
 
 
 def test_prompts_and_models_have_their_own_costs() -> None:
     lane = Lane()
     lane.learn(8.0, prompts=4)
     lane.learn(50.0, model="slow")
-    assert [lane.queue.cost(decode(n)) for n in (1, 3)] == [pytest.approx(2.0), pytest.approx(6.0)]
-    assert lane.queue.cost(decode(1, "slow")) == pytest.approx(50.0)
-    assert lane.queue.cost(decode(1, "new")) == 0
+    assert [lane.cost(n) for n in (1, 3)] == [pytest.approx(2.0), pytest.approx(6.0)]
+    assert lane.cost(1, "slow") == pytest.approx(50.0)
+    assert lane.cost(1, "new") == 0
     lane.enter(model="slow")
     assert lane.refused(timeout=51.0) is not None
     assert lane.refused(timeout=53.0) is None
@@ -125,7 +131,7 @@ def test_works_that_are_done_together_cost_their_part() -> None:
         lane.clock.now += 16.0
         for place in places:
             lane.queue.leave(place, 16.0)
-    assert 16 * lane.queue.cost(decode()) == pytest.approx(16.0, rel=0.7)
+    assert 16 * lane.cost() == pytest.approx(16.0, rel=0.7)
 
 
 def test_what_was_not_done_teaches_nothing() -> None:
@@ -133,7 +139,7 @@ def test_what_was_not_done_teaches_nothing() -> None:
     lane.learn(10.0)
     dropped, kept = lane.enter(), lane.enter()
     lane.queue.leave(dropped, 0.0)
-    assert lane.queue.cost(decode()) == pytest.approx(10.0)
+    assert lane.cost() == pytest.approx(10.0)
     assert lane.queue.wait == pytest.approx(10.0)
     lane.queue.leave(kept, 0.0)
     assert (len(lane.queue), lane.queue.wait) == (0, 0)

@@ -6,7 +6,6 @@ no time until its deadline. What a work takes is learned from those that were do
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -40,19 +39,21 @@ class Costs:
         self._means[kind] = mean + (seconds - mean) / count, count
 
 
-@dataclass(eq=False, frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class Place:
     """A work's place in a queue.
 
     Attributes:
         work: The work.
         owner: Whose it is.
+        units: How many times it does what is alike.
         cost: What it was expected to take when it came, in seconds.
         entered: When that was.
     """
 
     work: Work
     owner: str
+    units: int
     cost: float
     entered: float
 
@@ -78,7 +79,7 @@ class Queue:
         self._clock = clock
         self.costs = Costs()
         self._places: dict[Place, None] = {}  # in the order of coming
-        self._owned: Counter[str] = Counter()
+        self._owned: dict[str, int] = {}
         self._backlog = 0.0
         self._left = -float("inf")  # when the last work was done
 
@@ -94,10 +95,6 @@ class Queue:
         done = min(head.cost, self._clock() - max(self._left, head.entered))
         return max(0.0, self._backlog - done)
 
-    def cost(self, work: Work) -> float:
-        """Return what a work will probably take, in seconds."""
-        return self.costs.of(_kind(work)) * _units(work)
-
     def check(self, cost: float, owner: str, token: CancelToken) -> None:
         """Look whether a work makes sense now.
 
@@ -109,7 +106,7 @@ class Queue:
         Raises:
             OverloadedError: If there are too many works, altogether or of this owner, or no time is left.
         """
-        count, own = len(self._places), self._owned[owner]
+        count, own = len(self._places), self._owned.get(owner, 0)
         if owner and own >= self._most_of_one:
             text = f"{owner!r} may have {self._most_of_one} jobs that run or wait ({self._setting}), and has {own}"
             raise OverloadedError(f"{text}; try again", self._until_one_is_done())
@@ -128,12 +125,25 @@ class Queue:
                 max(RETRY_AFTER, wait + cost - remaining),
             )
 
-    def enter(self, work: Work, owner: str) -> Place:
-        """Put a work at the end, whatever the limits."""
-        place = Place(work, owner, self.cost(work), self._clock())
+    def enter(self, work: Work, owner: str, token: CancelToken | None = None) -> Place:
+        """Put a work at the end.
+
+        Args:
+            work: The work.
+            owner: Whose it is.
+            token: Says when it must be done. Without one it is put there whatever the limits.
+
+        Raises:
+            OverloadedError: As `check`.
+        """
+        units = _units(work)
+        cost = units * self.costs.of(_kind(work))
+        if token is not None:
+            self.check(cost, owner, token)
+        place = Place(work, owner, units, cost, self._clock())
         self._places[place] = None
-        self._owned[owner] += 1
-        self._backlog += place.cost
+        self._owned[owner] = self._owned.get(owner, 0) + 1
+        self._backlog += cost
         return place
 
     def leave(self, place: Place, seconds: float) -> None:
@@ -145,14 +155,14 @@ class Queue:
         """
         del self._places[place]
         self._backlog = self._backlog - place.cost if self._places else 0.0  # and no error of rounding adds up
-        self._owned[place.owner] -= 1
-        if not self._owned[place.owner]:
-            del self._owned[place.owner]
+        own = self._owned.pop(place.owner) - 1
+        if own:
+            self._owned[place.owner] = own
         if seconds > 0:
             now = self._clock()
             # Works that were done together each took all the time, but delayed others by only their part of it.
             delay = min(seconds, now - max(self._left, place.entered))
-            self.costs.learn(_kind(place.work), delay / _units(place.work))
+            self.costs.learn(_kind(place.work), delay / place.units)
             self._left = now
 
     def _until_one_is_done(self) -> float:
@@ -187,9 +197,7 @@ class Device:
         Raises:
             OverloadedError: If it makes no sense now.
         """
-        queue = self._queue(type(work))
-        queue.check(queue.cost(work), owner, token)
-        return queue.enter(work, owner)
+        return self._queue(type(work)).enter(work, owner, token)
 
     def enter(self, work: Work, owner: str) -> Place:
         """Give a work its place whatever the limits: it follows another that was admitted, or takes no time."""
