@@ -31,7 +31,7 @@ from segrpc.service.rpc.patience import Patience
 from segrpc.service.rpc.reflection import add_reflection
 from segrpc.service.rpc.servicer import ModelServicer, SegmentationServicer
 from segrpc.service.rpc.services import Services
-from segrpc.service.rpc.tls import tls_credentials
+from segrpc.service.rpc.tls import Certificates
 from segrpc.service.sessions.current_images import CurrentImages
 from segrpc.service.sessions.store import Lifetimes, SessionStore
 from segrpc.service.settings import Settings
@@ -99,6 +99,18 @@ def watched_limits(settings: Settings) -> Watched[Limits] | None:
     )
 
 
+def certificates(settings: Settings) -> Certificates | None:
+    """Read what TLS needs; None without TLS.
+
+    Raises:
+        ConfigurationError: If a file cannot be read, or is not what it should be.
+    """
+    certificate, key = settings.tls_certificate, settings.tls_key
+    if certificate is None or key is None:
+        return None
+    return _usable(f"tls_certificate {certificate}", lambda: Certificates(certificate, key, settings.tls_client_ca))
+
+
 def _key_source(settings: Settings) -> KeySource:
     if "://" in settings.jwt_jwks:
         return JwksUrl(settings.jwt_jwks, settings.jwt_refresh_seconds)
@@ -120,7 +132,8 @@ class Server:
         engine: Runs the models; started and stopped by the server.
 
     Raises:
-        ConfigurationError: If the settings of transport and identity do not go together, or would let strangers in.
+        ConfigurationError: If the settings of transport and identity do not go together, would let strangers in, or
+            name files that cannot be used.
     """
 
     def __init__(self, settings: Settings, engine: Engine) -> None:
@@ -128,6 +141,7 @@ class Server:
         settings.check_limits(settings.limits())
         self._settings = settings
         self._engine = engine
+        self._certificates = certificates(settings)
         self._telemetry = Telemetry(TelemetryOptions(settings.metrics_listen, settings.otlp_endpoint), self.stats)
         self._limits = watched_limits(settings)
         self._memory = MemoryGuard(settings.memory_bytes) if settings.memory_bytes else None
@@ -153,7 +167,6 @@ class Server:
 
         Raises:
             OSError: If the address cannot be listened on.
-            ConfigurationError: If the files for TLS cannot be used.
             ModelLoadError: If a model cannot be loaded, or does not answer.
         """
         try:
@@ -226,7 +239,7 @@ class Server:
             server = self._make_server()
             try:
                 self._open_port(server, address)
-            except (RuntimeError, ConfigurationError) as error:  # ConfigurationError: the files for TLS
+            except RuntimeError as error:
                 log.error("cannot listen on %s again: %s", address, error)
                 await asyncio.sleep(WATCH_SECONDS)
             else:
@@ -239,16 +252,10 @@ class Server:
 
         Raises:
             RuntimeError: If the address cannot be listened on.
-            ConfigurationError: If the files for TLS cannot be used.
         """
-        settings = self._settings
-        certificate, key = settings.tls_certificate, settings.tls_key
-        if certificate is None or key is None:
+        if self._certificates is None:
             return int(server.add_insecure_port(address))
-        credentials = _usable(
-            f"tls_certificate {certificate}", lambda: tls_credentials(certificate, key, settings.tls_client_ca)
-        )
-        return int(server.add_secure_port(address, credentials))
+        return int(server.add_secure_port(address, self._certificates.credentials()))
 
     def _make_services(self) -> Services:
         settings = self._settings

@@ -11,8 +11,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from segrpc.service.identity.watched import Watched
 
 
-def tls_credentials(certificate: Path, key: Path, client_ca: Path | None) -> grpc.ServerCredentials:
-    """Return the credentials of a TLS port. New connections get what the files say at that time.
+class Certificates:
+    """The server's certificate and its key, and whose certificates clients must have.
 
     Args:
         certificate: The server's certificate and those between it and its authority, in PEM.
@@ -23,23 +23,29 @@ def tls_credentials(certificate: Path, key: Path, client_ca: Path | None) -> grp
         OSError: If a file cannot be read.
         ValueError: If a file is no PEM of its kind, or the key is not the certificate's.
     """
-    files = [certificate, key, *([client_ca] if client_ca else [])]
-    watched = Watched(files, lambda: _read(certificate, key, client_ca))
-    current = watched.get()
 
-    def changed() -> Any:  # a configuration or None, which the stubs of grpc forget
-        # Called for each handshake, by threads of gRPC. None leaves what it has.
-        nonlocal current
-        newest = watched.get()
-        if newest is current:
-            return None
-        current = newest
-        return newest
+    def __init__(self, certificate: Path, key: Path, client_ca: Path | None) -> None:
+        files = [certificate, key, *([client_ca] if client_ca else [])]
+        self._watched = Watched(files, lambda: _read(certificate, key, client_ca))
+        self._asks_clients = client_ca is not None
 
-    credentials: grpc.ServerCredentials = grpc.dynamic_ssl_server_credentials(
-        current, changed, require_client_authentication=client_ca is not None
-    )
-    return credentials
+    def credentials(self) -> grpc.ServerCredentials:
+        """Return credentials for one port. New connections get what the files say at that time."""
+        current = self._watched.get()
+
+        def changed() -> Any:  # a configuration or None, which the stubs of grpc forget
+            # Called for each handshake, by threads of gRPC. None leaves what it has.
+            nonlocal current
+            newest = self._watched.get()
+            if newest is current:
+                return None
+            current = newest
+            return newest
+
+        credentials: grpc.ServerCredentials = grpc.dynamic_ssl_server_credentials(
+            current, changed, require_client_authentication=self._asks_clients
+        )
+        return credentials
 
 
 def _read(certificate: Path, key: Path, client_ca: Path | None) -> grpc.ServerCertificateConfiguration:
