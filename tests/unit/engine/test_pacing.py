@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from segrpc.service.engine.base import CancelToken, Engine
-from segrpc.service.engine.pacing import RETRY_AFTER, Place, Queue
+from segrpc.service.engine.pacing import MARGIN, RETRY_AFTER, Place, Queue
 from segrpc.service.engine.work import DecodeWork
 from segrpc.service.errors import OverloadedError
 from segrpc.service.schemas import SegmentationInput
@@ -77,8 +77,24 @@ def test_work_that_comes_too_late_is_refused_and_told_when_to_come_again() -> No
     error = lane.refused(timeout=20.0)
     assert error is not None
     assert error.retry_after == pytest.approx(20.0, abs=0.1)
-    assert lane.refused(timeout=41.0) is None
+    assert lane.refused(timeout=40.0 / (1 - MARGIN) + 1.0) is None
     assert lane.refused(timeout=None) is None
+
+
+def test_works_that_are_here_longer_than_they_take_teach_caution() -> None:
+    lane = Lane()
+    lane.learn(1.0)
+    for _ in range(100):
+        places = [lane.enter(), lane.enter()]
+        for place in places:
+            lane.clock.now += 0.5  # between works, when nothing is computed
+            lane.done(place, 1.0)
+    lane.enter()
+    assert lane.queue.wait == pytest.approx(1.0)
+    error = lane.refused(timeout=3.0)  # two works that take 1.5 s each in truth
+    assert error is not None
+    assert "will take 1.5 s and itself 1.5 s" in error.message
+    assert lane.refused(timeout=3.0 / (1 - MARGIN) + 0.1) is None
 
 
 def test_what_the_first_has_behind_it_counts() -> None:
@@ -121,7 +137,7 @@ def test_prompts_and_models_have_their_own_costs() -> None:
     assert lane.cost(1, "new") == 0
     lane.enter(model="slow")
     assert lane.refused(timeout=51.0) is not None
-    assert lane.refused(timeout=53.0) is None
+    assert lane.refused(timeout=52.0 / (1 - MARGIN) + 1.0) is None
 
 
 def test_works_that_are_done_together_cost_their_part() -> None:

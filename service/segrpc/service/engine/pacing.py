@@ -17,6 +17,8 @@ from segrpc.service.engine.work import DecodeWork, EncodeWork, PredictWork, Work
 from segrpc.service.errors import OverloadedError
 
 RETRY_AFTER = 1.0  # seconds, at least: about as long as an image takes to encode on a CPU
+MARGIN = 0.2  # of the time that is left: the answer must still be put together and travel
+MOST_SLIP = 4.0  # a worker that had to be started again says nothing about the others
 WINDOW = 16  # works over which the time of one is averaged: as many as a model that batches may get together
 
 Kind: TypeAlias = tuple[type[Work], str]  # the kind of work, and the model
@@ -49,6 +51,7 @@ class Place:
         units: How many times it does what is alike.
         cost: What it was expected to take when it came, in seconds.
         entered: When that was.
+        expected: How long it was expected to be here, in seconds.
     """
 
     work: Work
@@ -56,6 +59,7 @@ class Place:
     units: int
     cost: float
     entered: float
+    expected: float
 
 
 class Queue:
@@ -81,6 +85,7 @@ class Queue:
         self._places: dict[Place, None] = {}  # in the order of coming
         self._owned: dict[str, int] = {}
         self._backlog = 0.0
+        self._slip = 1.0  # how much longer than expected works have been here, on average
         self._left = -float("inf")  # when the last work was done
 
     def __len__(self) -> int:
@@ -117,8 +122,8 @@ class Queue:
         # Nothing is refused for its own cost alone: what is never done again could never turn out to be quicker.
         if remaining is None or not count:
             return
-        wait = self.wait
-        if wait + cost > remaining:
+        wait, cost = self.wait * self._slip, cost * self._slip
+        if wait + cost > remaining * (1 - MARGIN):
             raise OverloadedError(
                 f"the deadline is in {remaining:.2g} s, but the {count} jobs before this one will take {wait:.2g} s "
                 f"and itself {cost:.2g} s; try again with more time, or later",
@@ -140,7 +145,7 @@ class Queue:
         cost = units * self.costs.of(_kind(work))
         if token is not None:
             self.check(cost, owner, token)
-        place = Place(work, owner, units, cost, self._clock())
+        place = Place(work, owner, units, cost, self._clock(), self.wait + cost)
         self._places[place] = None
         self._owned[owner] = self._owned.get(owner, 0) + 1
         self._backlog += cost
@@ -164,6 +169,9 @@ class Queue:
             delay = min(seconds, now - max(self._left, place.entered))
             self.costs.learn(_kind(place.work), delay / place.units)
             self._left = now
+            if place.expected > 0:
+                slip = min((now - place.entered) / place.expected, MOST_SLIP)
+                self._slip = max(1.0, self._slip + (slip - self._slip) / WINDOW)
 
     def _until_one_is_done(self) -> float:
         return max(RETRY_AFTER, self.wait / max(1, len(self._places)))
