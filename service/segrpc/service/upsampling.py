@@ -260,7 +260,8 @@ def _first_rows(cells: _Cells, taps: Taps, signs: Signs) -> tuple[Indices, BoolA
     Args:
         cells: Where to look.
         taps: How the mask's rows are made of those of the logits.
-        signs: Computes whether pixels are above 0, and whether that is known, from the weights of both rows.
+        signs: Computes whether pixels are above 0, and whether that is known, from the weights of both rows, any
+            number for each cell: ``[m, n]``.
 
     Returns:
         The first row that has the sign of the lower row, and whether it is known.
@@ -270,18 +271,14 @@ def _first_rows(cells: _Cells, taps: Taps, signs: Signs) -> tuple[Indices, BoolA
     first, last = taps.starts[cells.k], taps.starts[cells.k + 1]
     share = cells.upper / (cells.upper - cells.lower)
     start = np.ceil((cells.k + share + 0.5) * (height / size) - 0.5).astype(np.int64) - 1
-    before = np.zeros(len(start), np.int64)  # candidates that still have the sign of the upper row
-    changed = np.zeros(len(start), np.bool_)
-    known = np.ones(len(start), np.bool_)
-    for row in (start + i for i in range(_CANDIDATES)):
-        at = np.clip(row, 0, height - 1)
-        sign, sure = signs(cells, taps.above[at], taps.below[at])
-        inside = (row >= first) & (row < last)
-        same = np.where(inside, sign != rises, row < first)
-        known &= (sure | ~inside) & ~(same & changed)
-        before += same
-        changed |= ~same
-    return np.clip(start + before, first, last), known
+    row = start + np.arange(_CANDIDATES)[:, None]
+    at = np.clip(row, 0, height - 1)
+    sign, sure = signs(cells, taps.above[at], taps.below[at])
+    outside = (row < first) | (row >= last)
+    same = np.where(outside, row < first, sign != rises)  # as the upper row
+    known: BoolArray = np.logical_and.reduce(np.concatenate([sure | outside, same[:-1] | ~same[1:]]))
+    flips: Indices = np.clip(start + same.sum(axis=0), first, last)
+    return flips, known
 
 
 def _signs(cells: _Cells, above: Float32Array, below: Float32Array, slack: Float64Array) -> tuple[BoolArray, BoolArray]:
