@@ -9,7 +9,7 @@
     ├── NotFoundError            an image, model or session that the server does not know
     ├── PreconditionError        right, but not here or not now: an ability that the model lacks, a URL that fails
     ├── OverloadedError          no room; `retry_after` says when to try again
-    ├── UnavailableError         no server, or one that is shutting down
+    ├── UnavailableError         no server, one that is shutting down, or a connection that broke
     ├── DeadlineExceededError    the timeout passed
     ├── UnimplementedError       the server does not know the method
     ├── EditRejectedError        one edit of an interactive session was wrong, or cancelled; the session goes on
@@ -117,7 +117,7 @@ class OverloadedError(SegmentationError):
 
 
 class UnavailableError(SegmentationError):
-    """No server, or one that is shutting down."""
+    """No server, one that is shutting down, or a connection that broke."""
 
     codes = (grpc.StatusCode.UNAVAILABLE,)
 
@@ -167,8 +167,12 @@ class ServerError(SegmentationError):
 def error_from(error: Any) -> SegmentationError:
     """Turn a ``grpc.RpcError`` of either kind of stub into the error of its code."""
     code: grpc.StatusCode = error.code()
+    details = _details_of(error)
+    if code is grpc.StatusCode.INTERNAL and not details.reason:
+        # The server always gives a reason. Without one it is gRPC here, whose connection broke while it was sending.
+        code = grpc.StatusCode.UNAVAILABLE
     kind = next((k for k in SegmentationError.__subclasses__() if code in k.codes), ServerError)
-    return kind(error.details() or code.name, code, _details_of(error))
+    return kind(error.details() or code.name, code, details)
 
 
 def _details_of(error: Any) -> _Details:
