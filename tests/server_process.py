@@ -10,12 +10,21 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import grpc
 
+# Options of a connection on which little is taken ahead of the reader.
+NARROW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 2**16))
 
-def connect(server: "ServerProcess", *options: tuple[str, int]) -> grpc.Channel:
+
+class Reachable(Protocol):
+    """A server, or a way to one, at ``HOST:PORT``."""
+
+    target: str
+
+
+def connect(server: Reachable, *options: tuple[str, int]) -> grpc.Channel:
     """Open a connection that is not shared with other channels of this process."""
     own = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1), *options]
     return grpc.insecure_channel(server.target, options=own)

@@ -33,7 +33,7 @@ from segrpc.v1.refine_pb2 import (
 from segrpc.v1.types_pb2 import Box, Image
 from tests.blackbox.gate import Gate
 from tests.blackbox.refine_stream import RefineStream, points, results
-from tests.server_process import ServerProcess, connect
+from tests.server_process import NARROW, ServerProcess, connect
 from tests.tcp_proxy import TcpProxy
 
 Code = grpc.StatusCode
@@ -72,7 +72,6 @@ DECODES = 7  # of these edits
 # server and a client that does not read.
 SMALL, LARGE = (96, 64), (1200, 900)
 LARGE_BYTES = 4_000_000  # of all results for the edits, at least
-NARROW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 2**16))
 
 _numbers = itertools.count()
 
@@ -368,8 +367,7 @@ def proxy(site: Site) -> Iterator[TcpProxy]:
 @pytest.fixture
 def through_proxy(proxy: TcpProxy) -> Iterator[grpc.Channel]:
     """A connection that takes little ahead of its reader."""
-    own = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1), *NARROW]
-    with grpc.insecure_channel(proxy.target, own) as channel:
+    with connect(proxy, *NARROW) as channel:
         yield channel
 
 

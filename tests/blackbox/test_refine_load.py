@@ -32,13 +32,12 @@ from segrpc.v1.types_pb2 import DATA_TYPE_FLOAT32, Image, OutputOptions, Prompt,
 from tests.blackbox.gate import Gate
 from tests.blackbox.refine_stream import RefineStream, points, replay, results
 from tests.photos import NAMES, load_image
-from tests.server_process import ServerProcess, connect
+from tests.server_process import NARROW, ServerProcess, connect
 from tests.tcp_proxy import TcpProxy
 
 MiB = 2**20
 WIDTH, HEIGHT = 150, 100
 SIDE = 128  # of the logits of the model `gated`
-NARROW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 2**16))  # little is taken ahead of the reader
 
 CONFIG = """
 embedding_cache_bytes = CACHE
@@ -302,21 +301,24 @@ def test_rejections_wait_for_the_reader(models: Models) -> None:
     mask = Tensor(dtype=DATA_TYPE_FLOAT32, shape=[1, SIDE, SIDE], data=bytes(4 * SIDE * SIDE))
     wrong = RefineRequest(seq=1, edit=Edit(object_id="1", set_mask=mask)).SerializeToString()
     config = RefineConfig(image=Image(data=PHOTOS[0]), model="gated")
-    with TcpProxy(models.server.target) as proxy, connect(models.server) as other:
-        own = [("grpc.use_local_subchannel_pool", 1), *NARROW]
-        with grpc.insecure_channel(proxy.target, own) as channel, RefineStream(channel, config) as stream:
-            stream.opened()
-            stream.edit(seq=2, add_points=points((10, 10)))
-            stream.result()
-            for _ in range(count):
-                stream.send(wrong)  # under a number that was not seen and is too low
-            call_others(other, 200)
-            assert proxy.bytes_to_server < count * len(wrong) / 2
-            assert [stream.rejected().seq for _ in range(count)] == [1] * count
-            stream.edit(undo=Undo())
-            assert stream.result().shown_revision == 0
-            stream.finish()
-            assert stream.rest() == []
+    with (
+        TcpProxy(models.server.target) as proxy,
+        connect(models.server) as other,
+        connect(proxy, *NARROW) as channel,
+        RefineStream(channel, config) as stream,
+    ):
+        stream.opened()
+        stream.edit(seq=2, add_points=points((10, 10)))
+        stream.result()
+        for _ in range(count):
+            stream.send(wrong)  # under a number that was not seen and is too low
+        call_others(other, 200)
+        assert proxy.bytes_to_server < count * len(wrong) / 2
+        assert [stream.rejected().seq for _ in range(count)] == [1] * count
+        stream.edit(undo=Undo())
+        assert stream.result().shown_revision == 0
+        stream.finish()
+        assert stream.rest() == []
     models.server.settle(before)
 
 

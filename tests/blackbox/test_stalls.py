@@ -16,11 +16,10 @@ from segrpc.v1.types_pb2 import Image, OutputOptions
 from tests.blackbox.failure import parse
 from tests.blackbox.refine_stream import RefineStream, points
 from tests.photos import photo_bytes
-from tests.server_process import ServerProcess, connect
+from tests.server_process import NARROW, ServerProcess, connect
 from tests.tcp_proxy import TcpProxy
 
 STALL_SECONDS = 1.0
-NARROW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 2**16))  # little is taken ahead of the reader
 PHOTO = photo_bytes("chelsea")
 
 
@@ -106,7 +105,7 @@ def test_a_client_that_vanishes(server: ServerProcess) -> None:
     before = server.stats()
     with (
         TcpProxy(server.target) as proxy,
-        grpc.insecure_channel(proxy.target) as channel,
+        connect(proxy) as channel,
         RefineStream(channel, RefineConfig(image=Image(data=PHOTO))) as stream,
     ):
         opened = stream.opened().opened
@@ -121,10 +120,10 @@ def test_a_client_that_vanishes(server: ServerProcess) -> None:
 
 
 def test_a_session_outlives_the_age_of_its_connection(server: ServerProcess) -> None:
-    own, config = [("grpc.use_local_subchannel_pool", 1)], RefineConfig(image=Image(data=PHOTO))
+    config = RefineConfig(image=Image(data=PHOTO))
     with (
         TcpProxy(server.target) as proxy,
-        grpc.insecure_channel(proxy.target, own) as channel,
+        connect(proxy) as channel,
         RefineStream(channel, config) as stream,
     ):
         stream.opened()

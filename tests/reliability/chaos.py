@@ -11,19 +11,18 @@ import os
 import random
 import signal
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 
 from segrpc.client import AsyncRefineSession, AsyncSegmentationClient
 from tests.reliability.life import Life, repeat
 from tests.reliability.record import Effort, Outcome, Record
-from tests.reliability.serving import Scale
+from tests.reliability.serving import CALL_SECONDS, Scale, connected
 from tests.server_process import ServerProcess
 from tests.tcp_proxy import TcpProxy
 
 # UNAVAILABLE: of a call whose connection was cut, which has no details.
 REFUSALS = ("OVERLOADED", "OUT_OF_MEMORY", "WORKER_UNAVAILABLE", "UNAVAILABLE")
-CALL_SECONDS = 300.0
 DETACHED_SECONDS = 60.0  # option of the server: sessions whose first answer was lost end soon
 SETTLE_SECONDS = 2 * DETACHED_SECONDS
 KILL_CHANCE = 0.7  # of a strike; the others cut connections
@@ -93,13 +92,10 @@ class Chaos:
             AssertionError: If an acknowledged edit was lost, or masks differ from those of the replay.
         """
         before = await asyncio.to_thread(self._server.stats)
-        async with AsyncExitStack() as stack:
-            targets = itertools.cycle((self._server.target, self._proxy.target))
-            clients = [
-                await stack.enter_async_context(AsyncSegmentationClient(target, timeout=CALL_SECONDS))
-                for target in itertools.islice(targets, self._load.clients)
-            ]
-            direct = await stack.enter_async_context(AsyncSegmentationClient(self._server.target, timeout=CALL_SECONDS))
+        async with (
+            connected(self._load.clients, self._server.target, self._proxy.target) as clients,
+            AsyncSegmentationClient(self._server.target, timeout=CALL_SECONDS) as direct,
+        ):
             striking = asyncio.create_task(self._strike(strikes, sessions))
             try:
                 async with asyncio.TaskGroup() as group:

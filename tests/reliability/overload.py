@@ -9,16 +9,14 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 from segrpc.client import AsyncSegmentationClient, DeadlineExceededError, SegmentationError
 from tests.reliability.record import Effort, Outcome
-from tests.reliability.serving import Scale, image
+from tests.reliability.serving import CALL_SECONDS, Scale, connected, image
 from tests.server_process import ServerProcess
 
 REFUSALS = ("OVERLOADED", "OUT_OF_MEMORY")
-CALL_SECONDS = 300.0
 IN_TIME, REFUSED, TOO_LATE = "in time", "refused", "too late"
 LEAST_GOODPUT = 0.9  # of the capacity
 
@@ -66,11 +64,7 @@ class Overload:
             SegmentationError: If a call failed, was no deliberate refusal and had time.
         """
         load = self._load
-        async with AsyncExitStack() as stack:
-            clients = [
-                await stack.enter_async_context(AsyncSegmentationClient(self._server.target, timeout=CALL_SECONDS))
-                for _ in range(load.clients)
-            ]
+        async with connected(load.clients, self._server.target) as clients:
             for client in clients:
                 await client.segment(self._file, points=[(20, 20)])  # from now on the image travels as its digest
             self.rates["capacity"] = await self._callers(clients, load.callers, make_effort())

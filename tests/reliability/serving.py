@@ -1,14 +1,16 @@
 """The models that are served, with caches so small that they are always full, and the images to work on."""
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from segrpc.client import AsyncSegmentationClient
 from tests.checkpoints import SMOOTH_CONTRAST, write_checkpoint
 from tests.photos import NAMES, load_image
 from tests.server_process import ServerProcess
@@ -16,6 +18,7 @@ from tests.third_party import install
 
 MODELS = ("grabcut", "light", "sam2")
 KiB = 2**10
+CALL_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,16 @@ def image(number: int, scale: Scale) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=85)
     return file.getvalue()
+
+
+@asynccontextmanager
+async def connected(count: int, *targets: str) -> AsyncIterator[list[AsyncSegmentationClient]]:
+    """Open so many connections, to the targets in turn."""
+    async with AsyncExitStack() as stack:
+        yield [
+            await stack.enter_async_context(AsyncSegmentationClient(target, timeout=CALL_SECONDS))
+            for target in islice(cycle(targets), count)
+        ]
 
 
 @contextmanager

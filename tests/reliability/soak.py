@@ -7,7 +7,6 @@ a replay, nothing stays when everybody has left, and memory does not grow.
 import asyncio
 import itertools
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +15,11 @@ from segrpc.service.images.decode import digest_of
 from tests.reliability.life import Life
 from tests.reliability.memory import Memory
 from tests.reliability.record import Effort, Outcome, Record
-from tests.reliability.serving import Scale, image
+from tests.reliability.serving import Scale, connected, image
 from tests.server_process import ServerProcess
 
 # IMAGE_NOT_FOUND: callers that name an image by its digest alone, after the server has let it go.
 REFUSALS = ("OVERLOADED", "OUT_OF_MEMORY", "IMAGE_NOT_FOUND")
-CALL_SECONDS = 300.0
 SETTLE_SECONDS = 120.0
 MOST_GROWTH = 6.0  # MiB per minute in the second half
 
@@ -75,17 +73,13 @@ class Soak:
             AssertionError: If an acknowledged edit is missing, or masks differ from those of the replay.
         """
         before = await asyncio.to_thread(self._server.stats)
-        async with AsyncExitStack() as stack:
-            clients = [
-                await stack.enter_async_context(AsyncSegmentationClient(self._server.target, timeout=CALL_SECONDS))
-                for _ in range(self._load.clients)
-            ]
+        async with connected(self._load.clients, self._server.target) as clients:
             watching = asyncio.create_task(self.memory.watch(1.0))
             try:
                 async with asyncio.TaskGroup() as group:
-                    for client, _ in zip(itertools.cycle(clients), range(self._load.sessions), strict=False):
+                    for client in itertools.islice(itertools.cycle(clients), self._load.sessions):
                         group.create_task(self._sessions(client, sessions))
-                    for client, _ in zip(itertools.cycle(clients), range(self._load.callers), strict=False):
+                    for client in itertools.islice(itertools.cycle(clients), self._load.callers):
                         group.create_task(self._calls(client, calls))
             finally:
                 watching.cancel()
