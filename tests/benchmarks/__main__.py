@@ -1,6 +1,6 @@
 """The benchmark: segrpc over gRPC beside the reference predictor in this process.
 
-    python -m tests.benchmarks [--quick] [--device cpu|cuda] [--output FOLDER] [--docs]
+    python -m tests.benchmarks [--quick] [--device cpu|cuda] [--only TEXT] [--output FOLDER] [--docs]
 
 Both have the same weights (SAM 2.1, random), threads, precision and prompts, and take turns, so that what disturbs the
 machine disturbs both. Ratios are to be quoted, times are context. Prints Markdown; writes ``report.md``,
@@ -36,13 +36,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare segrpc with the in-process reference.")
     parser.add_argument("--quick", action="store_true", help="few rounds: within 3 minutes on 2 cores")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the CPU, and CUDA if there is any")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="setups in whose names it is, such as large-bfloat16"
+    )
     parser.add_argument("--output", type=Path, default=Path("bench-results"), help="folder for what is written")
     parser.add_argument("--docs", action="store_true", help="also renew the table and the plot of docs/performance.md")
     args = parser.parse_args()
     # sam2's own predictor, the reference, beside torch 2.13.
     warnings.filterwarnings("ignore", "`torch.jit.", DeprecationWarning)
 
-    setups = _setups(args.device)
+    setups = [setup for setup in _setups(args.device) if args.only in f"{setup.device}-{setup.model}-{setup.dtype}"]
+    if not setups:
+        parser.error(f"no setup has {args.only!r} in its name")
     run = _run(setups, QUICK if args.quick else FULL, quick=args.quick)
     markdown = report.as_markdown(run)
     args.output.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,6 @@ Clicks on the open stream of a session, on an image of 1024 x 1024.
 
 import threading
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 
 from segrpc.client import RefineSession, SegmentationClient
@@ -15,7 +14,6 @@ from tests.benchmarks.values import Added, Meanwhile, Memory, Stats
 
 BLOCK = 25  # clicks before it is the other's turn
 PAUSE_SECONDS = 0.03  # between clicks, as a drag makes them
-IMAGES = 8  # for the time of a block
 
 
 def added(bench: Bench) -> list[Added]:
@@ -49,7 +47,7 @@ def meanwhile(bench: Bench) -> list[Meanwhile]:
         _clicks(session, 5)
         while len(idle) < bench.effort.series:
             idle += _clicks(session, BLOCK)
-            with _Encoding(other, [bench.new_image() for _ in range(IMAGES)]) as encoding:
+            with _Encoding(other, bench.new_image()) as encoding:
                 busy += _clicks(session, BLOCK)
             encoded += encoding.count
     return [Meanwhile(Stats.of(idle), Stats.of(busy), encoded)]
@@ -72,21 +70,24 @@ def memory(bench: Bench) -> list[Memory]:
 
 
 class _Encoding:
-    """A client that has one image after the other encoded, in a thread; for ``with``."""
+    """A client that has one image after the other encoded, in a thread; for ``with``.
 
-    def __init__(self, client: SegmentationClient, images: Sequence[bytes]) -> None:
+    Args:
+        client: The client.
+        image: A file that readers end before its end, so that bytes after it make another image of the same pixels.
+    """
+
+    def __init__(self, client: SegmentationClient, image: bytes) -> None:
         self.count = 0
         self._client = client
-        self._images = images
+        self._image = image
         self._stop, self._begun = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run)
 
     def _run(self) -> None:
-        for image in self._images:
-            if self._stop.is_set():
-                return
+        while not self._stop.is_set():
             self._begun.set()
-            self._client.encode(image)
+            self._client.encode(self._image + self.count.to_bytes(4, "big"))
             self.count += 1
 
     def __enter__(self) -> "_Encoding":
@@ -96,8 +97,6 @@ class _Encoding:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # Had the images not sufficed, the last clicks would have met an idle server.
-        assert self._thread.is_alive(), "the images were encoded before the clicks were answered"
         self._stop.set()
         self._thread.join()
 

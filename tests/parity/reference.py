@@ -8,14 +8,15 @@ import numpy.typing as npt
 import torch
 from pycocotools import mask as coco
 
-# The CPU build of torch lacks two operators that torchvision describes when it is imported.
-_LIBRARY = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
-for _name in ("nms", "qnms"):
-    if not hasattr(torch.ops.torchvision, _name):
-        _schema = f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        _LIBRARY.define(_schema)  # type: ignore[no-untyped-call]
+try:
+    import torchvision  # noqa: F401 - only whether it can be
+except RuntimeError:
+    # Some CPU builds lack two operators that torchvision describes when it is imported.
+    _LIBRARY = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+    for _name in ("nms", "qnms"):
+        _LIBRARY.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
 
-from sam2.sam2_image_predictor import SAM2ImagePredictor  # noqa: E402 - needs the operators above
+from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 # The same in both processes: the number of threads decides the order of summation, and so the last bits.
 THREADS = 2
