@@ -1,3 +1,4 @@
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -88,11 +89,16 @@ def test_several_masks_keep_their_order() -> None:
         np.testing.assert_array_equal(runs, runs_of_mask(dense(one, 300, 451)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_a_gpu_does(kind: str) -> None:
-    logits = torch.from_numpy(KINDS[kind](np.random.default_rng(8), 256))[None]
-    (runs,) = masks._on_device(logits, 333, 500)
-    np.testing.assert_array_equal(runs, runs_of_mask(dense(logits[0].numpy(), 333, 500)))
+@pytest.mark.parametrize("together", [1, 2, 100])
+def test_what_a_gpu_does(monkeypatch: pytest.MonkeyPatch, together: int) -> None:
+    monkeypatch.setattr(masks, "_PIXELS_AT_A_TIME", together * 333 * 500)
+    # Each kind beside each other one: where one mask ends and the next begins is no change of either.
+    random = np.random.default_rng(8)
+    logits = np.stack([KINDS[kind](random, 256) for pair in itertools.product(KINDS, KINDS) for kind in pair])
+    found = masks.dense_mask_runs(torch.from_numpy(logits), 333, 500)
+    assert len(found) == len(logits)
+    for one, runs in zip(logits, found, strict=True):
+        np.testing.assert_array_equal(runs, runs_of_mask(dense(one, 333, 500)))
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"exact zeros", "few values"}))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from segrpc.service.models.sam2 import cuda_graphs
-from segrpc.service.models.sam2.cuda_graphs import GraphedDecoder
+from segrpc.service.models.sam2.cuda_graphs import GraphedDecoder, GraphedEncoder
 from segrpc.service.models.sam2.decoder import FastDecoder
 from tests.unit.models.test_sam2_decoder import Case, case, small_model
 
@@ -41,7 +41,7 @@ def ask(decoder: FastDecoder | GraphedDecoder, cases: list[Case], multimask: boo
 
 @pytest.mark.parametrize("multimask", [True, False], ids=["three", "single"])
 @pytest.mark.parametrize("mask", [True, False], ids=["refined", "first"])
-@pytest.mark.parametrize(("batch", "num_points"), [(1, 1), (2, 3), (1, 40), (5, 1)])
+@pytest.mark.parametrize(("batch", "num_points"), [(1, 1), (2, 3), (3, 2), (1, 40), (5, 1), (17, 1)])
 def test_graphs_decode_as_the_decoder(
     decoder: FastDecoder, stream: torch.cuda.Stream, batch: int, num_points: int, mask: bool, multimask: bool
 ) -> None:
@@ -52,6 +52,16 @@ def test_graphs_decode_as_the_decoder(
         kept.append((ask(graphed, cases, multimask), ask(decoder, cases, multimask)))
     # Compared at the end: a later replay must not overwrite what an earlier one gave.
     for ours, theirs in kept:
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_small_batch_after_a_large_one(decoder: FastDecoder, stream: torch.cuda.Stream) -> None:
+    """What the large one left where graphs read is no part of the answer."""
+    graphed = GraphedDecoder(decoder, stream)
+    for round_, batch in enumerate((8, 3, 5, 4, 1)):
+        cases = [case(10 * round_ + i, 2, mask=True) for i in range(batch)]
+        ours, theirs = ask(graphed, cases, False), ask(decoder, cases, False)
         for one, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
@@ -109,3 +119,34 @@ def test_what_cannot_be_recorded_is_decoded_without_graphs(decoder: FastDecoder,
     for seed in range(2):
         one = [case(seed, 2, mask=False)]
         torch.testing.assert_close(ask(graphed, one, True), ask(decoder, one, True), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_encoder_gives_maps_of_their_own(stream: torch.cuda.Stream, dtype: torch.dtype) -> None:
+    """Also after autocast ended and began again: what it keeps of the weights is not what a graph reads."""
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.GELU(), torch.nn.Conv2d(8, 4, 3)).cuda()
+    images = [torch.rand(1, 3, 32, 32, device="cuda") for _ in range(4)]
+
+    def encode(image: torch.Tensor) -> list[torch.Tensor]:
+        return [network[0](image), network(image)]
+
+    def cast() -> torch.autocast:
+        return torch.autocast("cuda", dtype, enabled=dtype != torch.float32)
+
+    with cast():
+        encode(images[0])
+        graphed = GraphedEncoder(encode, images[0], stream)
+    found = []
+    for image in images:
+        with cast():
+            found.append(graphed.encode(image))
+        torch.rand(64, 1024, device="cuda")  # takes memory that might have been freed
+    other = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    other.wait_stream(stream)
+    with torch.cuda.stream(other), cast():
+        aside = graphed.encode(images[1])
+        other.synchronize()
+    with cast():
+        for image, maps in zip([*images, images[1]], [*found, aside], strict=True):
+            for one, expected in zip(maps, encode(image), strict=True):
+                torch.testing.assert_close(one, expected)

@@ -3,6 +3,7 @@
 A core is used by two threads: one encodes (`Core.encode`), the other decodes (`Core.decode`).
 """
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ from segrpc.service.models.base import (
     decode_requests,
 )
 from segrpc.service.models.registry import create_model
-from segrpc.service.schemas import ModelDeploymentConfig, SegmentationInput, SegmentationOutput
+from segrpc.service.schemas import CompressedRLE, ModelDeploymentConfig, SegmentationInput, SegmentationOutput
 
 Stage = Literal["decode_image", "encode_image", "decode_mask", "postprocess"]
 
@@ -224,25 +225,53 @@ class Core:
             return
         spent = time.perf_counter() - start
         rest = iter(decoded)
+        answers: list[tuple[_Prepared, list[Decoded]]] = []
         for one in group:
             one.times.decode_mask += spent
             one.times.batch = len(group)
-            own = [next(rest) for _ in one.requests]
+            answers.append((one, [next(rest) for _ in one.requests]))
+        self._finish(answers)
+
+    def _finish(self, answers: Sequence[tuple[_Prepared, list[Decoded]]]) -> None:
+        """Make the masks of works on one model together, then settle them one by one."""
+        wanted: list[tuple[_Prepared, list[Decoded]]] = []
+        for one, decoded in answers:
             try:
-                one.ticket.settle(self._finish(one, own))
+                one.ticket.token.check()
+                wanted.append((one, decoded))
+            except Exception as error:  # noqa: BLE001
+                one.ticket.settle(error)
+        if not wanted:
+            return
+        model, name = wanted[0][0].model, wanted[0][0].work.model
+        sizes = [(one.image.header.width, one.image.header.height) for one, decoded in wanted for _ in decoded]
+        start = time.perf_counter()
+        try:
+            every = [each for _, decoded in wanted for each in decoded]
+            masks = iter(self._with_memory(name, lambda: model.to_masks_of_all(every, sizes)))
+        except Exception as error:  # noqa: BLE001
+            if len(wanted) == 1:
+                wanted[0][0].ticket.settle(error)
+                return
+            for answer in wanted:
+                self._finish([answer])
+            return
+        spent = time.perf_counter() - start
+        for one, decoded in wanted:
+            one.times.postprocess += spent
+            try:
+                one.ticket.settle(self._assemble(one, decoded, list(itertools.islice(masks, len(decoded)))))
             except Exception as error:  # noqa: BLE001
                 one.ticket.settle(error)
 
-    def _finish(self, one: _Prepared, decoded: Sequence[Decoded]) -> SegmentResult:
-        one.ticket.token.check()
-        model, work, header = one.model, one.work, one.image.header
+    def _assemble(self, one: _Prepared, decoded: Sequence[Decoded], masks: list[list[CompressedRLE]]) -> SegmentResult:
+        work, header = one.work, one.image.header
 
-        def finish() -> SegmentationOutput:
-            masks = [model.to_masks(each, header.width, header.height) for each in decoded]
-            return assemble_output(model, work.input, one.image.embedding, decoded, masks, work.tensor_dtype)
+        def assemble() -> SegmentationOutput:
+            return assemble_output(one.model, work.input, one.image.embedding, decoded, masks, work.tensor_dtype)
 
         with _timed(one.times, "postprocess"):
-            output = self._with_memory(work.model, finish)
+            output = self._with_memory(work.model, assemble)
         _check_output(output, work.input, header, work.model)
         return SegmentResult(output, header, one.times)
 

@@ -195,6 +195,12 @@ class PromptableModel(SegmentationModel):
     def to_masks(self, decoded: Decoded, width: int, height: int) -> list[CompressedRLE]:
         """Make masks of ``height x width`` pixels, one for each candidate."""
 
+    def to_masks_of_all(
+        self, decoded: Sequence[Decoded], sizes: Sequence[tuple[int, int]]
+    ) -> list[list[CompressedRLE]]:
+        """Make the masks of several answers, each of a width and a height: as `to_masks`, which a model may better."""
+        return [self.to_masks(one, width, height) for one, (width, height) in zip(decoded, sizes, strict=True)]
+
     def export_embedding(self, embedding: Embedding, dtype: FloatType) -> tuple[NDArrayFloat, list[NDArrayFloat]]:
         """Turn an embedding into ``image_embedding`` and ``high_resolution_features``.
 
@@ -239,7 +245,7 @@ class PromptableModel(SegmentationModel):
             embedding = self.embed(image.pixels)
         requests = decode_requests(input, embedding, self.metadata, self.config.name)
         decoded = self.decode(requests)
-        masks = [self.to_masks(one, image.width, image.height) for one in decoded]
+        masks = self.to_masks_of_all(decoded, [(image.width, image.height)] * len(decoded))
         return assemble_output(self, input, embedding, decoded, masks, "float32")
 
 

@@ -32,13 +32,18 @@ class FastFeatures:
     first_kvq: Tensor
 
     @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All of it, in one order."""
+        return self.tokens, self.medium, self.fine, self.first_kvq
+
+    @property
     def nbytes(self) -> int:
         """How much memory they take."""
-        return sum(one.nbytes for one in (self.tokens, self.medium, self.fine, self.first_kvq))
+        return sum(one.nbytes for one in self.tensors)
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "FastFeatures":
         """Return what `move` makes of each tensor."""
-        return FastFeatures(move(self.tokens), move(self.medium), move(self.fine), move(self.first_kvq))
+        return FastFeatures(*map(move, self.tensors))
 
 
 class ImageSide(Protocol):

@@ -8,6 +8,7 @@ Images are encoded by `FastEncoder` and prompts decoded by `FastDecoder`, which 
 ``decoder = "reference"`` by the network of the reference itself, bit for bit.
 """
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -26,7 +27,7 @@ from segrpc.service.models.registry import register_model
 from segrpc.service.models.sam2 import hub
 from segrpc.service.models.sam2.catalog import VARIANTS
 from segrpc.service.models.sam2.checkpoint import build_model, identify, read_checkpoint
-from segrpc.service.models.sam2.cuda_graphs import GraphedDecoder
+from segrpc.service.models.sam2.cuda_graphs import BATCHES, GraphedDecoder, GraphedEncoder
 from segrpc.service.models.sam2.decoder import FastDecoder
 from segrpc.service.models.sam2.decoder_image import FastFeatures
 from segrpc.service.models.sam2.decoder_reader import UnsupportedDecoderError
@@ -51,7 +52,7 @@ _PARAMS: dict[str, tuple[type, ...]] = {
     "threads": (int,),
 }
 
-_MAX_BATCH = 16  # prompts in one call of the network: their feature maps take 17 MB each in float32
+_MAX_BATCH = BATCHES[-1]  # prompts in one call of the network: their feature maps take 17 MB each in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,13 @@ class _Features:
     def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "_Features":
         fine, medium = self.high_res
         return _Features(move(self.image_embed), (move(fine), move(medium)))
+
+
+@dataclass(frozen=True, slots=True)
+class _DecodedOnGPU(Decoded):
+    """Candidates whose logits are on the device as well, where masks are made of them."""
+
+    on_device: torch.Tensor
 
 
 @register_model("sam2", *VARIANTS)
@@ -93,6 +101,7 @@ class Sam2(PromptableModel):
     _fast_encoder: FastEncoder | None = None
     _fast: FastDecoder | None = None
     _graphed: GraphedDecoder | None = None
+    _graphed_encoder: GraphedEncoder | None = None
     # Work of the two threads that the service uses runs on streams of their own; None on a CPU.
     _encode_stream: torch.cuda.Stream | None = None
     _decode_stream: torch.cuda.Stream | None = None
@@ -174,21 +183,40 @@ class Sam2(PromptableModel):
             self._encode_stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             self._decode_stream = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
             torch.cuda.synchronize(self._device)  # the weights came over another stream
-        if self._fast and self._decode_stream:
+        if self._fast and self._encode_stream and self._decode_stream:
             self._graphed = GraphedDecoder(self._fast, self._decode_stream)
+            with self._computing(self._encode_stream):
+                image = self._preprocess(np.zeros((64, 64, 3), np.uint8))
+                self._graphed_encoder = GraphedEncoder(self._maps, image, self._encode_stream)
         self._warm_up()
 
     def _warm_up(self) -> None:
-        """Decode a first click and a refinement, so that nobody waits for what is set up by the first calls."""
+        """Decode first clicks and refinements, so that nobody waits for what is set up by the first calls.
+
+        On a GPU these are a box as well, second and third refinements, all numbers of prompts that are decoded
+        together, and an image: graphs are recorded, and kernels loaded.
+        """
         with self._computing(self._decode_stream):
             coarse, fine, medium = (
                 torch.zeros(shape, dtype=dtype, device=self._device)
                 for shape, dtype in zip(self._map_shapes(), self._map_dtypes(), strict=True)
             )
             embedding = self._embedding(1, 1, (fine, medium, coarse))
+        if self.batches:
+            embedding = self.embed(np.zeros((64, 64, 3), np.uint8))
         point, label = np.full((1, 2), 0.5, np.float32), np.ones(1, np.int32)
-        first = self.decode([DecodeRequest(embedding, point, label, None, None, 3)])[0]
-        self.decode([DecodeRequest(embedding, point, label, None, first.logits[:1], 1)])
+        first = DecodeRequest(embedding, point, label, None, None, 3)
+        decoded = self.decode([first])[0]
+        refined = replace(first, mask_input=decoded.logits[:1], num_masks=1)
+        if not self.batches:
+            self.decode([refined])
+            return
+        box = replace(first, points=point[:0], labels=label[:0], box=np.array([0, 0, 1, 1], np.float32))
+        later = [replace(refined, points=point.repeat(n, 0), labels=label.repeat(n)) for n in (2, 3, 4)]
+        counts = BATCHES if self._graphed else BATCHES[:1]
+        for request, count in itertools.product((first, box, refined, *later), counts):
+            self.decode([request] * count)
+        self.to_masks(decoded, 1024, 1024)
 
     def _checkpoint(self) -> Path:
         params = self.config.model_params
@@ -207,7 +235,7 @@ class Sam2(PromptableModel):
     def unload(self) -> None:
         """Free the network and the device's memory."""
         del self._model
-        self._fast_encoder = self._fast = self._graphed = None
+        self._fast_encoder = self._fast = self._graphed = self._graphed_encoder = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -221,19 +249,26 @@ class Sam2(PromptableModel):
             if self._fast_encoder:
                 found = self._fast_encoder.encode(torch.from_numpy(image.copy()))
                 return self._embedding(image.shape[1], image.shape[0], found)
-            outputs = self._model.forward_image(self._preprocess(image))
-            _, features, _, sizes = self._model._prepare_backbone_features(outputs)
-            if self._model.directly_add_no_mem_embed:
-                features[-1] = features[-1] + self._model.no_mem_embed
-            # The finest first, each as [1, channels, height, width].
-            maps = [f.permute(1, 2, 0).view(1, -1, *size) for f, size in zip(features, sizes, strict=True)]
+            pixels = self._preprocess(image)
+            maps = self._graphed_encoder.encode(pixels) if self._graphed_encoder else self._maps(pixels)
             return self._embedding(image.shape[1], image.shape[0], maps)
+
+    def _maps(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """Run the reference's encoder: the finest map first, each as ``[1, channels, height, width]``."""
+        outputs = self._model.forward_image(pixels)
+        _, features, _, sizes = self._model._prepare_backbone_features(outputs)
+        if self._model.directly_add_no_mem_embed:
+            features[-1] = features[-1] + self._model.no_mem_embed
+        return [f.permute(1, 2, 0).view(1, -1, *size) for f, size in zip(features, sizes, strict=True)]
 
     def _preprocess(self, image: RGBImage) -> torch.Tensor:
         size = self._model.image_size
-        planes = torch.from_numpy(image.transpose(2, 0, 1).copy()).to(self._device).float().div(255)
+        if self._device.type == "cpu":
+            planes = torch.from_numpy(image.transpose(2, 0, 1).copy())
+        else:
+            planes = torch.from_numpy(image.copy()).to(self._device).permute(2, 0, 1).contiguous()
         resized = functional.interpolate(
-            planes[None], (size, size), mode="bilinear", align_corners=False, antialias=True
+            planes.float().div(255)[None], (size, size), mode="bilinear", align_corners=False, antialias=True
         )
         return (resized - self._mean) / self._std
 
@@ -299,13 +334,17 @@ class Sam2(PromptableModel):
             logits, scores, object_scores = fast.decode(features, points, masks, multimask)
         else:
             logits, scores, object_scores = self._decode_as_reference(features, points, masks, multimask)
-        results = zip(
-            logits.float().cpu().numpy(),
-            scores.float().cpu().numpy(),
-            object_scores.float().cpu().numpy(),
-            strict=True,
-        )
-        return [Decoded(logits, scores, float(object_score)) for logits, scores, object_score in results]
+        logits = logits.float()
+        hosts = [_to_host(one) for one in (logits, scores.float(), object_scores.float())]
+        if self._decode_stream:
+            self._decode_stream.synchronize()
+        on_host = zip(*(one.numpy() for one in hosts), strict=True)
+        if self._device.type == "cpu":
+            return [Decoded(logits, scores, float(object_score)) for logits, scores, object_score in on_host]
+        return [
+            _DecodedOnGPU(own, scores, float(object_score), device)
+            for (own, scores, object_score), device in zip(on_host, logits, strict=True)
+        ]
 
     def _decode_as_reference(
         self,
@@ -337,15 +376,34 @@ class Sam2(PromptableModel):
             sizes.append((request.embedding.width, request.embedding.height))
         if not labels[0].size:
             return None
-        xy = torch.tensor(np.stack(coordinates), device=self._device)
-        xy = xy / torch.tensor(sizes, dtype=torch.float32, device=self._device)[:, None, :]
-        return xy * self._model.image_size, torch.tensor(np.stack(labels), device=self._device)
+        xy = np.stack(coordinates) / np.array(sizes, np.float32)[:, None, :] * np.float32(self._model.image_size)
+        return torch.from_numpy(xy).to(self._device), torch.from_numpy(np.stack(labels)).to(self._device)
 
     def to_masks(self, decoded: Decoded, width: int, height: int) -> list[CompressedRLE]:
         """Upsample the logits (not clamped) and threshold them strictly above 0."""
-        with self._computing(self._decode_stream):
-            found = mask_runs(torch.from_numpy(decoded.logits).to(self._device), height, width)
-        return [CompressedRLE.from_runs(runs, height, width) for runs in found]
+        return self.to_masks_of_all([decoded], [(width, height)])[0]
+
+    def to_masks_of_all(
+        self, decoded: Sequence[Decoded], sizes: Sequence[tuple[int, int]]
+    ) -> list[list[CompressedRLE]]:
+        """See `PromptableModel.to_masks_of_all`; those of the same size are made together."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for i, size in enumerate(sizes):
+            groups.setdefault(size, []).append(i)
+        found: dict[int, list[CompressedRLE]] = {}
+        for (width, height), members in groups.items():
+            with self._computing(self._decode_stream):
+                logits = torch.cat([self._logits(decoded[i]) for i in members])
+                runs = iter(mask_runs(logits, height, width))
+            for i in members:
+                own = itertools.islice(runs, len(decoded[i].logits))
+                found[i] = [CompressedRLE.from_runs(one, height, width) for one in own]
+        return [found[i] for i in range(len(decoded))]
+
+    def _logits(self, decoded: Decoded) -> torch.Tensor:
+        if isinstance(decoded, _DecodedOnGPU):
+            return decoded.on_device
+        return torch.from_numpy(decoded.logits).to(self._device)
 
     def export_embedding(self, embedding: Embedding, dtype: FloatType) -> tuple[NDArrayFloat, list[NDArrayFloat]]:
         """Return ``[1, 256, 64, 64]``, and ``[1, 32, 256, 256]`` with ``[1, 64, 128, 128]``."""
@@ -412,6 +470,13 @@ class Sam2(PromptableModel):
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             raise OutOfMemoryError(f"{self._device} has no memory left; send smaller or fewer requests") from error
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy to the host; from a GPU, into pinned memory, when the stream gets there."""
+    if tensor.device.type == "cpu":
+        return tensor
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
