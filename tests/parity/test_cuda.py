@@ -79,7 +79,7 @@ class Compared:
             image = pixels(photo, width, height)
             embedding = gpu.model.embed(image)
             asked = list(_questions(width, height))
-            exact = [answer for answer in _answers(gpu.reference, image, asked)]
+            exact = _answers(gpu.reference, image, asked)
             with torch.autocast("cuda", getattr(torch, dtype), enabled=dtype != "float32"):
                 theirs = _answers(gpu.reference, image, asked, [one.logits[:1] for one in exact])
             for (prompt, multimask, earlier), answer, own in zip(asked, exact, theirs, strict=True):
