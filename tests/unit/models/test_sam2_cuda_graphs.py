@@ -125,7 +125,7 @@ def test_what_cannot_be_recorded_is_decoded_without_graphs(decoder: FastDecoder,
 def test_an_encoder_gives_maps_of_their_own(stream: torch.cuda.Stream, dtype: torch.dtype) -> None:
     """Also after autocast ended and began again: what it keeps of the weights is not what a graph reads."""
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.GELU(), torch.nn.Conv2d(8, 4, 3)).cuda()
-    images = [torch.rand(1, 3, 32, 32, device="cuda") for _ in range(4)]
+    images = [torch.rand(1, 3, 32, 32).cuda() for _ in range(4)]
 
     def encode(image: torch.Tensor) -> list[torch.Tensor]:
         return [network[0](image), network(image)]
@@ -140,7 +140,7 @@ def test_an_encoder_gives_maps_of_their_own(stream: torch.cuda.Stream, dtype: to
     for image in images:
         with cast():
             found.append(graphed.encode(image))
-        torch.rand(64, 1024, device="cuda")  # takes memory that might have been freed
+        torch.full((64, 1024), float("nan"), device="cuda")  # takes memory that might have been freed
     other = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     other.wait_stream(stream)
     with torch.cuda.stream(other), cast():

@@ -10,6 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -55,7 +56,7 @@ class GraphedEncoder:
         self._image = image.clone()
         self._stream = stream
         self._lock = threading.Lock()
-        self._recorded = _record(lambda: encode(self._image))
+        self._recorded = _record(lambda: encode(self._image), stream)
 
     def encode(self, image: Tensor) -> list[Tensor]:
         """Compute the maps of an image."""
@@ -133,7 +134,8 @@ class GraphedDecoder:
         own_points = None if points is None else (_filled(points[0], size), _filled(points[1], size))
         features = self._features[:size]
         masks = self._masks[:size] if masked and self._masks is not None else None
-        recorded = _record(lambda: self._decoder.decode(features, own_points, masks, multimask), self._pool)
+        call = partial(self._decoder.decode, features, own_points, masks, multimask)
+        recorded = _record(call, self._stream, self._pool)
         if recorded is None:
             self._usable = False
             self._graphs.clear()
@@ -144,21 +146,21 @@ class GraphedDecoder:
         return self._graphs[shape]
 
 
-def _record(call: Callable[[], T], pool: Any = None) -> _Graph[T] | None:
-    """Record what a call does on the device; None, with a word in the log, if that is not possible."""
+def _record(call: Callable[[], T], stream: torch.cuda.Stream, pool: Any = None) -> _Graph[T] | None:
+    """Record what a call does on the device; None, with a word in the log, if that is not possible.
+
+    It is recorded on the stream on which it is replayed: libraries have a workspace for each stream, and graphs of
+    different streams run at the same time.
+    """
     graph = torch.cuda.CUDAGraph()
     dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
     try:
         # Weights that autocast keeps would be freed when it ends, and replays read what is not there any more.
         with torch.autocast("cuda", dtype, enabled, cache_enabled=False):
-            aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                for _ in range(_WARM_UPS):
-                    call()
-            torch.cuda.current_stream().wait_stream(aside)
+            for _ in range(_WARM_UPS):
+                call()
             # Another thread, which encodes or decodes meanwhile, must not disturb the recording.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 outputs = call()
     except torch.OutOfMemoryError:
         raise

@@ -33,7 +33,7 @@ class FastDecoder:
 
     Args:
         model: The model; its weights are copied.
-        dtype: What products are computed in.
+        dtype: What products of image tokens are computed in.
 
     Raises:
         UnsupportedDecoderError: If the model is built in another way than all published ones.
@@ -149,14 +149,14 @@ class FastDecoder:
         fine = _joined([one.fine for one in features])
         x = image.upscaled(medium.view(-1, up.first.weight.shape[0])).view(medium.shape)
         # In place, which torch.nn.functional does not offer: another 12 MB would not fit into the caches beside these.
-        x = torch.ops.aten.gelu_(up.norm(x)).to(up.second.weight.dtype)
+        x = torch.ops.aten.gelu_(up.norm(x))
         x = (fine.view(len(x), -1) + up.second.bias).addmm_(x, up.second.weight.t())
         torch.ops.aten.gelu_(x)
         return x.view(len(features), -1, fine.shape[-1])
 
     def _three(self, finish: Callable[[slice], Tensor], pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         found = self._heads(finish(_THREE), _THREE)
-        return self._logits(found[:, 2:], pixels), self._iou(found[:, 1])[:, 1:], found[:, 0, 0].float()
+        return self._logits(found[:, 2:], pixels), self._iou(found[:, 1])[:, 1:], found[:, 0, 0]
 
     def _single(self, finish: Callable[[slice], Tensor], pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Find the single mask, or the best of the others; see ``MaskDecoder._dynamic_multimask_via_stability``."""
@@ -165,7 +165,7 @@ class FastDecoder:
         lazy = self._on_cpu and len(pixels) == 1
         which = _FIRST if lazy else _ALL
         found = self._heads(finish(which), which)
-        logits, iou, object_scores = self._logits(found[:, :1], pixels), self._iou(found[:, 2]), found[:, 1, 0].float()
+        logits, iou, object_scores = self._logits(found[:, :1], pixels), self._iou(found[:, 2]), found[:, 1, 0]
         stability = self._weights.stability
         if stability is None:
             return logits, iou[:, :1], object_scores
@@ -187,14 +187,14 @@ class FastDecoder:
     def _heads(self, tokens: Tensor, which: slice) -> Tensor:
         """Return what the heads of the output tokens `which` say of them: ``[B, k, C]`` to ``[B, k, 32]``."""
         heads = self._weights.heads
-        x = tokens.transpose(0, 1).to(self._weights.dtype)
+        x = tokens.transpose(0, 1)
         for weight, bias in zip(heads.weights[:-1], heads.biases[:-1], strict=True):
             x = torch.baddbmm(bias[which], x, weight[which]).relu_()
         return torch.baddbmm(heads.biases[-1][which], x, heads.weights[-1][which]).transpose(0, 1)
 
     def _iou(self, found: Tensor) -> Tensor:
         """Return the predicted IoU of all four masks ``[B, 4]``."""
-        iou = found[:, :4].float()
+        iou = found[:, :4]
         return iou.sigmoid() if self._weights.heads.sigmoid else iou
 
     def _logits(self, kernels: Tensor, pixels: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ class FastDecoder:
         side, (batch, count, channels) = self._weights.side, kernels.shape
         # By rows of tokens: a single product of so few rows would be left to one thread.
         by_row = pixels.view(batch, side, -1, channels).transpose(2, 3)
-        products = (kernels[:, None] @ by_row).float()
+        products = kernels[:, None] @ by_row
         # Axes: batch, y, mask, x, and two times a half of y and a half of x. The last two pixels are neighbours in rows
         # as well, and go as one number of 64 bits: that is ten times faster.
         pairs = products.view(torch.float64).view(batch, side, count, side, 2, 2, 2)

@@ -106,6 +106,7 @@ class ProjectedImage:
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Give ``[B, T, I]`` for what is ``[B, H, T, D]``; `q` or `k` is scaled."""
+        q, k, v = (one.to(self._weights.dtype) for one in (q, k, v))
         return functional.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).flatten(2)
 
     def _by_head(self, x: Tensor) -> Tensor:

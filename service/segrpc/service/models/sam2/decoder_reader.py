@@ -119,8 +119,10 @@ class _Reader:
     def _linear(self, *layers: Any, scale: float = 1.0) -> Linear:
         """Join layers that share their input."""
         weight = torch.cat([layer.weight for layer in layers]) * scale
-        bias = torch.cat([layer.bias for layer in layers]) * scale
-        return Linear(weight.to(self._dtype), bias.to(self._dtype))
+        return Linear(weight, torch.cat([layer.bias for layer in layers]) * scale)
+
+    def _narrow(self, linear: Linear) -> Linear:
+        return Linear(linear.weight.to(self._dtype), linear.bias.to(self._dtype))
 
     def _scaled(self, layer: Any, attention: Any) -> Linear:
         return self._linear(layer, scale=float((attention.internal_dim // attention.num_heads) ** -0.5))
@@ -158,7 +160,7 @@ class _Reader:
             kvq=weight.to(self._dtype),
             bias=bias.to(self._dtype),
             position=(torch.cat(placed, dim=1) + constant).to(self._dtype),
-            out=self._linear(from_image.out_proj) if from_image else None,
+            out=self._narrow(self._linear(from_image.out_proj)) if from_image else None,
             norm=Norm.of(norm) if norm else None,
         )
 
@@ -188,12 +190,11 @@ class _Reader:
 
     def _upscaling(self, layers: Any) -> Upscaling:
         first, norm, _, second, _ = layers
-        return Upscaling(self._transposed(first), Norm.of(norm), self._transposed(second))
+        return Upscaling(self._narrow(self._transposed(first)), Norm.of(norm), self._transposed(second))
 
     def _transposed(self, layer: Any) -> Linear:
         # [in, out, dy, dx] to [(dy, dx, out), in]
-        weight = layer.weight.permute(2, 3, 1, 0).flatten(0, 2).contiguous()
-        return Linear(weight.to(self._dtype), layer.bias.repeat(4).to(self._dtype))
+        return Linear(layer.weight.permute(2, 3, 1, 0).flatten(0, 2).contiguous(), layer.bias.repeat(4))
 
     def _heads(self, decoder: Any) -> Heads:
         masks = list(decoder.output_hypernetworks_mlps)
@@ -206,6 +207,5 @@ class _Reader:
             pairs = list(zip(mlps, pad, strict=True))
             weights.append(torch.stack([functional.pad(mlp.layers[i].weight.t(), (0, p)) for mlp, p in pairs]))
             biases.append(torch.stack([functional.pad(mlp.layers[i].bias[None], (0, p)) for mlp, p in pairs]))
-        one, two, three = (weight.to(self._dtype) for weight in weights)
-        b_one, b_two, b_three = (bias.to(self._dtype) for bias in biases)
+        (one, two, three), (b_one, b_two, b_three) = weights, biases
         return Heads((one, two, three), (b_one, b_two, b_three), decoder.iou_prediction_head.sigmoid_output)

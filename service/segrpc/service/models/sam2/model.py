@@ -180,6 +180,8 @@ class Sam2(PromptableModel):
             else:
                 del self._model.image_encoder  # its weights were copied: 0.1 to 0.9 GB
         if self._device.type == "cuda":
+            # For each new shape cuDNN's attention makes a plan, which takes 0.1 s and more; the others are as fast.
+            torch.backends.cuda.enable_cudnn_sdp(False)
             self._encode_stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             self._decode_stream = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
             torch.cuda.synchronize(self._device)  # the weights came over another stream
@@ -217,6 +219,7 @@ class Sam2(PromptableModel):
         for request, count in itertools.product((first, box, refined, *later), counts):
             self.decode([request] * count)
         self.to_masks(decoded, 1024, 1024)
+        torch.cuda.empty_cache()  # of what was needed for recording only
 
     def _checkpoint(self) -> Path:
         params = self.config.model_params
