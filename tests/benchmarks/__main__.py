@@ -1,6 +1,7 @@
 """The benchmark: segrpc over gRPC beside the reference predictor in this process.
 
-    python -m tests.benchmarks [--quick] [--device cpu|cuda] [--only TEXT] [--output FOLDER] [--docs]
+    python -m tests.benchmarks [--quick] [--device cpu|cuda] [--only TEXT] [--logits smooth|rough]
+                               [--output FOLDER] [--docs]
 
 Both have the same weights (SAM 2.1, random), threads, precision and prompts, and take turns, so that what disturbs the
 machine disturbs both. Ratios are to be quoted, times are context. Prints Markdown; writes ``report.md``,
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="setups in whose names it is, such as large-bfloat16"
     )
+    parser.add_argument("--logits", choices=_KINDS, help="of which weights; default: of both")
     parser.add_argument("--output", type=Path, default=Path("bench-results"), help="folder for what is written")
     parser.add_argument("--docs", action="store_true", help="also renew the table and the plot of docs/performance.md")
     args = parser.parse_args()
@@ -48,7 +50,8 @@ def main() -> None:
     setups = [setup for setup in _setups(args.device) if args.only in f"{setup.device}-{setup.model}-{setup.dtype}"]
     if not setups:
         parser.error(f"no setup has {args.only!r} in its name")
-    run = _run(setups, QUICK if args.quick else FULL, quick=args.quick)
+    kinds = (args.logits,) if args.logits else _KINDS
+    run = _run(setups, kinds, QUICK if args.quick else FULL, quick=args.quick)
     markdown = report.as_markdown(run)
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "report.md").write_text(markdown, "utf-8")
@@ -95,16 +98,16 @@ def _steps(logits: Logits) -> list[Step]:
     ]
 
 
-def _run(setups: Sequence[Setup], effort: Effort, *, quick: bool) -> Run:
+def _run(setups: Sequence[Setup], kinds: Sequence[Logits], effort: Effort, *, quick: bool) -> Run:
     start = time.monotonic()
     name, dirty = machine.commit()
     date = datetime.now(UTC).date().isoformat()
-    total = len(setups) * sum(len(_steps(logits)) for logits in _KINDS)
+    total = len(setups) * sum(len(_steps(logits)) for logits in kinds)
     done = 0
     measured = []
     for setup in setups:
         rows: list[Row] = []
-        for logits in _KINDS:
+        for logits in kinds:
             with tempfile.TemporaryDirectory() as folder, prepare(setup, logits, effort, Path(folder)) as bench:
                 for title, step in _steps(logits):
                     done += 1

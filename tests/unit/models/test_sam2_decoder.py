@@ -265,9 +265,7 @@ def test_two_threads_at_the_same_time(decoder: FastDecoder) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mask", [True, False], ids=["refined", "first"])
-def test_half_precision_is_nearer_to_float32_than_the_reference_s(
-    model: Any, dtype: torch.dtype, mask: bool
-) -> None:
+def test_half_precision_is_nearer_to_float32_than_the_reference_s(model: Any, dtype: torch.dtype, mask: bool) -> None:
     decoder = FastDecoder(model, dtype)
     errors: list[tuple[Tensor, Tensor]] = []
     for seed in range(6):
