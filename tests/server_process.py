@@ -43,7 +43,7 @@ class ServerProcess:
     Args:
         *arguments: Options of ``serve``.
         log: The file that standard error goes to.
-        environment: Variables to add.
+        environment: Variables to add. Models run on the CPU if neither it nor this process's says otherwise.
     """
 
     def __init__(self, *arguments: str, log: Path, environment: Mapping[str, str] | None = None) -> None:
@@ -54,7 +54,8 @@ class ServerProcess:
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,
-                env={**os.environ, **(environment or {})},
+                # What is compared bit for bit is so on a CPU; also where there is a GPU.
+                env={"SEGRPC_DEVICE": "cpu", **os.environ, **(environment or {})},
             )
         assert self.process.stdout is not None
         # The line comes, or the end of the file because the process ended: either way this returns.

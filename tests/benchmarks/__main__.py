@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -51,11 +51,13 @@ def main() -> None:
     if not setups:
         parser.error(f"no setup has {args.only!r} in its name")
     kinds = (args.logits,) if args.logits else _KINDS
-    run = _run(setups, kinds, QUICK if args.quick else FULL, quick=args.quick)
-    markdown = report.as_markdown(run)
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "report.md").write_text(markdown, "utf-8")
-    (args.output / "results.json").write_text(json.dumps(report.as_json(run), indent=2) + "\n", "utf-8")
+    markdown = ""
+    # After each step, so that a run which is cut off leaves what it measured.
+    for run in _runs(setups, kinds, QUICK if args.quick else FULL, quick=args.quick):
+        markdown = report.as_markdown(run)
+        (args.output / "report.md").write_text(markdown, "utf-8")
+        (args.output / "results.json").write_text(json.dumps(report.as_json(run), indent=2) + "\n", "utf-8")
     plot.draw(run.measured[0], args.output / "latency.png")
     if args.docs:
         page = _DOCS / "performance.md"
@@ -98,15 +100,16 @@ def _steps(logits: Logits) -> list[Step]:
     ]
 
 
-def _run(setups: Sequence[Setup], kinds: Sequence[Logits], effort: Effort, *, quick: bool) -> Run:
+def _runs(setups: Sequence[Setup], kinds: Sequence[Logits], effort: Effort, *, quick: bool) -> Iterator[Run]:
+    """Measure, and yield what is known after each step."""
     start = time.monotonic()
     name, dirty = machine.commit()
     date = datetime.now(UTC).date().isoformat()
+    here = machine.machine(gpu=any(setup.device == "cuda" for setup in setups))
     total = len(setups) * sum(len(_steps(logits)) for logits in kinds)
     done = 0
-    measured = []
+    rows: dict[Setup, list[Row]] = {setup: [] for setup in setups}
     for setup in setups:
-        rows: list[Row] = []
         for logits in kinds:
             with tempfile.TemporaryDirectory() as folder, prepare(setup, logits, effort, Path(folder)) as bench:
                 for title, step in _steps(logits):
@@ -114,10 +117,9 @@ def _run(setups: Sequence[Setup], kinds: Sequence[Logits], effort: Effort, *, qu
                     where = f"{setup.device}, {setup.model}, {setup.dtype}, {logits} logits"
                     seconds = time.monotonic() - start
                     print(f"[{done}/{total}, {seconds:.0f} s] {title} ({where})", file=sys.stderr, flush=True)
-                    rows += step(bench)
-        measured.append(Measured(setup, tuple(rows)))
-    gpu = any(setup.device == "cuda" for setup in setups)
-    return Run(name, dirty, date, quick, machine.versions(), machine.machine(gpu=gpu), tuple(measured))
+                    rows[setup] += step(bench)
+                    measured = tuple(Measured(one, tuple(found)) for one, found in rows.items() if found)
+                    yield Run(name, dirty, date, quick, machine.versions(), here, measured)
 
 
 if __name__ == "__main__":

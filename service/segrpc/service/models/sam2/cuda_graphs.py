@@ -56,7 +56,8 @@ class GraphedEncoder:
         self._image = image.clone()
         self._stream = stream
         self._lock = threading.Lock()
-        self._recorded = _record(lambda: encode(self._image), stream)
+        aside = torch.cuda.Stream(stream.device)  # type: ignore[no-untyped-call]
+        self._recorded = _record(lambda: encode(self._image), aside)
 
     def encode(self, image: Tensor) -> list[Tensor]:
         """Compute the maps of an image."""
@@ -79,6 +80,7 @@ class GraphedDecoder:
     def __init__(self, decoder: FastDecoder, stream: torch.cuda.Stream) -> None:
         self._decoder = decoder
         self._stream = stream
+        self._aside = torch.cuda.Stream(stream.device)  # type: ignore[no-untyped-call]
         self._graphs: OrderedDict[_Shape, tuple[_Graph[Found], Points | None]] = OrderedDict()
         # What all graphs read: the image of each prompt, and mask inputs. What they need meanwhile comes from one pool.
         self._features: list[FastFeatures] = []
@@ -135,7 +137,7 @@ class GraphedDecoder:
         features = self._features[:size]
         masks = self._masks[:size] if masked and self._masks is not None else None
         call = partial(self._decoder.decode, features, own_points, masks, multimask)
-        recorded = _record(call, self._stream, self._pool)
+        recorded = _record(call, self._aside, self._pool)
         if recorded is None:
             self._usable = False
             self._graphs.clear()
@@ -146,21 +148,27 @@ class GraphedDecoder:
         return self._graphs[shape]
 
 
-def _record(call: Callable[[], T], stream: torch.cuda.Stream, pool: Any = None) -> _Graph[T] | None:
+def _record(call: Callable[[], T], aside: torch.cuda.Stream, pool: Any = None) -> _Graph[T] | None:
     """Record what a call does on the device; None, with a word in the log, if that is not possible.
 
-    It is recorded on the stream on which it is replayed: libraries have a workspace for each stream, and graphs of
-    different streams run at the same time.
+    Args:
+        call: What to record.
+        aside: A stream of its own to record on: what other threads put on it would be recorded as well, and graphs that
+            run at the same time must not share the workspace that libraries have for each stream.
+        pool: The memory that it takes meanwhile; graphs that follow one another may share it.
     """
     graph = torch.cuda.CUDAGraph()
     dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
     try:
         # Weights that autocast keeps would be freed when it ends, and replays read what is not there any more.
         with torch.autocast("cuda", dtype, enabled, cache_enabled=False):
-            for _ in range(_WARM_UPS):
-                call()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(_WARM_UPS):
+                    call()
+            torch.cuda.current_stream().wait_stream(aside)
             # Another thread, which encodes or decodes meanwhile, must not disturb the recording.
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
                 outputs = call()
     except torch.OutOfMemoryError:
         raise
