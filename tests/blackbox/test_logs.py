@@ -5,14 +5,14 @@ import os
 import select
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 import pytest
 
 from segrpc.v1.model_service_pb2 import GetModelRequest
 from segrpc.v1.model_service_pb2_grpc import ModelServiceStub
-from segrpc.v1.refine_pb2 import RefineConfig
+from segrpc.v1.refine_pb2 import RefineConfig, UploadHeader
 from segrpc.v1.segmentation_service_pb2 import SegmentRequest
 from segrpc.v1.segmentation_service_pb2_grpc import SegmentationServiceStub
 from segrpc.v1.types_pb2 import Image, Point, Prompt
@@ -20,6 +20,7 @@ from tests.blackbox.failure import failure_of
 from tests.blackbox.refine_stream import METHOD, RefineStream, points
 from tests.checkpoints import write_checkpoint
 from tests.server_process import ServerProcess, connect, raw
+from tests.tcp_proxy import TcpProxy
 
 SEGMENT = "/segrpc.v1.SegmentationService/Segment"
 CLICK = [Prompt(points=[Point(x=30, y=20)])]
@@ -110,7 +111,47 @@ def test_a_stream_that_breaks_off_did_not_finish(
 ) -> None:
     with RefineStream(channel, RefineConfig(request_id="broken off", image=Image(data=photo))) as stream:
         stream.opened()
-    assert not record_of(json_server, request_id="broken off")["finished"]
+    record = record_of(json_server, request_id="broken off")
+    assert (record["status"], record["finished"]) == ("CANCELLED", False)
+    assert not {"reason", "error"} & record.keys()
+
+
+def test_an_upload_that_breaks_off_is_no_fault_of_what_came(
+    json_server: ServerProcess, channel: grpc.Channel, photo: bytes
+) -> None:
+    config = RefineConfig(request_id="half an image", upload=UploadHeader(size=len(photo)))
+    with RefineStream(channel, config) as stream:
+        stream.upload(photo[:1000])
+        stream.next()
+    record = record_of(json_server, request_id="half an image")
+    assert record["status"] == "CANCELLED"
+    assert not {"reason", "error"} & record.keys()
+
+
+@pytest.mark.parametrize("way", ["cut", "reset"])
+def test_a_stream_whose_connection_broke_was_cancelled(
+    json_server: ServerProcess, photo: bytes, way: Literal["cut", "reset"]
+) -> None:
+    with (
+        TcpProxy(json_server.target) as proxy,
+        connect(proxy) as opened,
+        RefineStream(opened, RefineConfig(request_id=f"it was {way}", image=Image(data=photo))) as stream,
+    ):
+        stream.opened()
+        getattr(proxy, way)()
+        record = record_of(json_server, request_id=f"it was {way}")
+    assert (record["status"], record["finished"]) == ("CANCELLED", False)
+
+
+def test_a_stream_that_is_half_closed_ends_well_without_finishing(
+    json_server: ServerProcess, channel: grpc.Channel, photo: bytes
+) -> None:
+    with RefineStream(channel, RefineConfig(request_id="half-closed", image=Image(data=photo))) as stream:
+        stream.opened()
+        stream.half_close()
+        stream.rest()
+    record = record_of(json_server, request_id="half-closed")
+    assert (record["status"], record["finished"]) == ("OK", False)
 
 
 def test_a_deadline_that_passed_is_told_as_such(

@@ -110,6 +110,18 @@ def test_rounds_stages_and_batches_of_a_session(measured: ServerProcess, channel
     assert after.value(name, **labels) - before.value(name, **labels) == 1
 
 
+def test_a_stream_whose_client_left_counts_as_cancelled(
+    measured: ServerProcess, channel: grpc.Channel, photo: bytes
+) -> None:
+    cancelled, well = (ended("duration_seconds_count", REFINE, status) for status in ("CANCELLED", "OK"))
+    before = Scrape(measured)
+    with RefineStream(channel, RefineConfig(image=Image(data=photo))) as stream:
+        stream.opened()
+    after = scrape_until(measured, lambda now: now.value("segrpc_calls_active") == 0)
+    grown = [after.value(name, **labels) - before.value(name, **labels) for name, labels in (cancelled, well)]
+    assert grown == [1, 0]
+
+
 def test_what_is_held_and_what_the_cache_did(measured: ServerProcess, channel: grpc.Channel) -> None:
     picture = (Path(__file__).parents[1] / "data" / "photos" / "coffee.jpg").read_bytes()
     stub, before = SegmentationServiceStub(channel), Scrape(measured)

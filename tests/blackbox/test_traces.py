@@ -107,6 +107,14 @@ def test_a_stream_has_a_span_for_each_round(traced: Traced, channel: grpc.Channe
         assert seconds(stages[0]) == pytest.approx(timing.decode_mask.ToNanoseconds() / 1e9, abs=1e-6)
 
 
+def test_a_stream_whose_client_left_was_cancelled(traced: Traced, channel: grpc.Channel, photo: bytes) -> None:
+    with RefineStream(channel, RefineConfig(request_id="left", image=Image(data=photo))) as stream:
+        stream.opened()
+    span = traced.receiver.span(f"{SERVICE}/Refine", **{"segrpc.request_id": "left"})
+    assert attributes(span.attributes)["rpc.response.status_code"] == "CANCELLED"
+    assert span.status.code == Status.STATUS_CODE_UNSET  # it is no failure of the server
+
+
 def test_a_failure_is_told_and_only_the_servers_own_is_an_error(traced: Traced, channel: grpc.Channel) -> None:
     request = SegmentRequest(request_id="bad", model="sam9")
     assert failure_of(lambda: SegmentationServiceStub(channel).Segment(request)).reason == "MODEL_NOT_FOUND"

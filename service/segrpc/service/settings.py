@@ -105,7 +105,8 @@ class Settings(BaseSettings):
         gt=0,
         le=1,
         description="the part that one principal may have of max_requests, max_streams, max_open_sessions, "
-        "session_bytes, image_store_bytes, in_flight_bytes and max_pending_*, where callers are identified",
+        "session_bytes, image_store_bytes, in_flight_bytes and max_pending_*, where callers are identified; "
+        "whoever has more than this of the embeddings or of max_sessions makes room first when they are used up",
     )
     limits_file: Path | None = Field(
         None,

@@ -77,10 +77,10 @@ def picture(seed: int, width: int = 200, height: int = 30) -> bytes:
     return file.getvalue()
 
 
-def click(image: bytes, x: float = 120.0, model: str = "held", **more: Any) -> SegmentJob:
+def click(image: bytes, x: float = 120.0, model: str = "held", owner: str = "", **more: Any) -> SegmentJob:
     """A job with one click; the model ``held`` takes its ``x`` as the threshold of brightness."""
     given = SegmentationInput(image=image, points=[[[x, 5]]], **more)
-    return SegmentJob(model, digest_of(image), given)
+    return SegmentJob(model, digest_of(image), given, owner=owner)
 
 
 def encoding(image: bytes, model: str = "held", **more: Any) -> EncodeJob:

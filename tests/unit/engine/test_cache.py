@@ -33,9 +33,11 @@ def image(name: str, nbytes: int = 10) -> CachedImage:
     return CachedImage(Embedding(4, 3, name, nbytes), HEADER)
 
 
-def put(cache: EmbeddingCache, *names: str, model: GrabCut = FIXED, **options: bool) -> None:
+def put(
+    cache: EmbeddingCache, *names: str, model: GrabCut = FIXED, owner: str = "", pin: bool = False, nbytes: int = 10
+) -> None:
     for name in names:
-        cache.put(("model", name), image(name), model, **options)
+        cache.put(("model", name), image(name, nbytes), model, owner=owner, pin=pin)
 
 
 def held(cache: EmbeddingCache, *names: str) -> list[str | None]:
@@ -64,6 +66,41 @@ def test_an_image_that_comes_again_replaces_itself() -> None:
     cache = EmbeddingCache(25)
     put(cache, "a", "a")
     assert (cache.holdings().cached_embeddings, cache.holdings().cached_bytes) == (1, 10)
+
+
+def test_who_has_more_than_its_share_makes_room_for_others_and_itself() -> None:
+    cache = EmbeddingCache(60, share=0.5)
+    put(cache, "b1", owner="bob")
+    put(cache, *(f"a{i}" for i in range(10)), owner="alice")
+    assert held(cache, "b1", "a4", "a5") == ["b1", None, "a5"]  # while there was room, alice had more than her share
+    put(cache, "b2", "b3", owner="bob")
+    assert held(cache, "b1", "b2", "b3", "a6", "a7", "a8") == ["b1", "b2", "b3", None, None, "a8"]
+    put(cache, "b4", owner="bob")  # which is beyond his share
+    assert held(cache, "b1", "b2", "b3", "b4", "a5", "a8", "a9") == [None, "b2", "b3", "b4", "a5", "a8", "a9"]
+
+
+def test_while_all_are_within_their_shares_the_least_recently_used_makes_room() -> None:
+    cache = EmbeddingCache(60, share=0.5)
+    for owner in ("alice", "bob", "carol"):
+        put(cache, f"{owner}1", f"{owner}2", owner=owner)
+    assert held(cache, "alice1") == ["alice1"]
+    put(cache, "carol3", owner="carol")
+    assert held(cache, "alice1", "alice2", "bob1", "carol1") == ["alice1", None, "bob1", "carol1"]
+
+
+def test_shares_are_of_bytes_and_of_each_tier() -> None:
+    cache = EmbeddingCache(20, 60, share=0.5)
+    put(cache, "b1", owner="bob", model=MOVABLE)
+    put(cache, *(f"a{i}" for i in range(10)), owner="alice", model=MOVABLE, nbytes=20)
+    assert cache.holdings().host_bytes == 50  # bob's, and two of alice's, which are as large as four
+    assert held(cache, "a6", "a7", "b1") == [None, "a7", "b1"]
+
+
+def test_what_is_pinned_stays_although_its_owner_has_more_than_its_share() -> None:
+    cache = EmbeddingCache(30, share=0.5)
+    put(cache, "a1", "a2", owner="alice", pin=True)
+    put(cache, "b1", "b2", owner="bob")
+    assert held(cache, "a1", "a2", "b1", "b2") == ["a1", "a2", None, "b2"]
 
 
 def test_what_leaves_the_device_comes_back_from_the_host() -> None:

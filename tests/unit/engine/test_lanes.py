@@ -14,8 +14,8 @@ from segrpc.service.errors import DeadlineError
 from segrpc.service.images.decode import ImageHeader
 
 
-def work(name: str) -> Work:
-    return TouchWork("model", name)
+def work(name: str, owner: str = "") -> Work:
+    return TouchWork("model", name, owner)
 
 
 class Recorder:
@@ -49,6 +49,21 @@ def test_works_are_done_in_order_and_those_that_wait_together(most: int, seen: l
     assert min(waited) > 0
     with pytest.raises(RuntimeError, match="closed"):
         lane.submit(work("e"), CancelToken())
+
+
+@pytest.mark.parametrize(("most", "seen"), [(1, ["a1", "b1", "c1", "a3"]), (3, ["a1", "b1 c1 a3"])])
+def test_owners_take_turns(most: int, seen: list[str]) -> None:
+    recorder, token = Recorder(), CancelToken()
+    lane = Lane("test", recorder, most=most)
+    lane.submit(work("a1", "a"), CancelToken())
+    assert recorder.busy.wait(30)
+    lane.submit(work("a2", "a"), token)
+    for name in ("a3", "b1", "c1"):
+        lane.submit(work(name, name[0]), CancelToken())
+    token.cancel()
+    recorder.go.set()
+    lane.close()
+    assert recorder.seen == [one.split() for one in seen]
 
 
 def test_a_cancelled_work_leaves_the_queue_at_once() -> None:

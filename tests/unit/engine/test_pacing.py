@@ -13,7 +13,7 @@ from segrpc.service.schemas import SegmentationInput
 from tests.unit.engine.conftest import StartEngine, ask, click, encoding, picture
 from tests.unit.engine.gates import Gate, embeds
 
-ALICE, BOB, ANYBODY = "key:alice", "key:bob", ""
+ALICE, BOB, CAROL, ANYBODY = "key:alice", "key:bob", "key:carol", ""
 A, B, C, D = picture(1), picture(2), picture(3), picture(4)
 
 
@@ -34,7 +34,7 @@ class Lane:
         self.queue = Queue("max_pending_decodes", most, share, self.clock)
 
     def enter(self, prompts: int = 1, model: str = "m", owner: str = ANYBODY) -> Place:
-        return self.queue.enter(decode(prompts, model), owner)
+        return self.queue.enter(decode(prompts, model, owner))
 
     def done(self, place: Place, seconds: float, *, of_them: float | None = None) -> None:
         """Let time pass and finish a work that had it; or that had ``of_them``, because it was done with others."""
@@ -51,17 +51,19 @@ class Lane:
         self.queue.leave(place, 0.0)
         return place.cost
 
-    def refused(self, timeout: float | None, prompts: int = 1, model: str = "m") -> OverloadedError | None:
+    def refused(
+        self, timeout: float | None, prompts: int = 1, model: str = "m", owner: str = ANYBODY
+    ) -> OverloadedError | None:
         try:
-            self.queue.check(self.cost(prompts, model), ANYBODY, CancelToken(timeout))
+            self.queue.check(self.cost(prompts, model), owner, CancelToken(timeout))
         except OverloadedError as error:
             return error
         return None
 
 
-def decode(prompts: int = 1, model: str = "m") -> DecodeWork:
+def decode(prompts: int = 1, model: str = "m", owner: str = ANYBODY) -> DecodeWork:
     given = SegmentationInput(image=A, points=[[[1.0, 1.0]]] * prompts)
-    return DecodeWork(model, "digest", given, "float32")
+    return DecodeWork(model, "digest", given, "float32", owner=owner)
 
 
 def test_work_that_comes_too_late_is_refused_and_told_when_to_come_again() -> None:
@@ -69,16 +71,46 @@ def test_work_that_comes_too_late_is_refused_and_told_when_to_come_again() -> No
     lane.learn(10.0)
     for _ in range(3):
         lane.enter()
-    assert lane.queue.wait == pytest.approx(30.0)
+    assert lane.queue.wait(ANYBODY) == pytest.approx(30.0)
     error = lane.refused(timeout=39.0)
     assert error is not None
-    assert "the 3 jobs before this one will take 30 s and itself 10 s" in error.message
+    assert "the jobs before this one will take 30 s and itself 10 s" in error.message
     assert error.retry_after == pytest.approx(1.0, abs=0.1)
     error = lane.refused(timeout=20.0)
     assert error is not None
     assert error.retry_after == pytest.approx(20.0, abs=0.1)
     assert lane.refused(timeout=40.0 / (1 - MARGIN) + 1.0) is None
     assert lane.refused(timeout=None) is None
+
+
+def test_who_has_nothing_here_waits_for_one_work_of_each_other() -> None:
+    lane = Lane()
+    lane.learn(10.0)
+    for _ in range(5):
+        lane.enter(owner=ALICE)
+    assert lane.queue.wait(BOB) == pytest.approx(10.0)
+    assert lane.queue.wait(ALICE) == pytest.approx(50.0)
+    lane.enter(owner=CAROL)
+    assert lane.queue.wait(BOB) == pytest.approx(20.0)
+    lane.clock.now += 4.0  # somebody's work has been done for so long
+    assert lane.queue.wait(BOB) == pytest.approx(16.0)
+    enough = 27.0 / (1 - MARGIN)
+    assert lane.refused(timeout=enough, owner=BOB) is None
+    error = lane.refused(timeout=enough, owner=ALICE)
+    assert error is not None
+    assert "the jobs before this one will take 1.1e+02 s" in error.message
+
+
+def test_each_work_of_ones_own_is_another_round_of_the_others() -> None:
+    lane = Lane()
+    lane.learn(10.0)
+    lane.learn(1.0, model="quick")
+    for _ in range(3):
+        lane.enter(owner=ALICE)
+    for _ in range(2):
+        lane.enter(owner=BOB, model="quick")
+    assert lane.queue.wait(ALICE) == pytest.approx(3 * 10.0 + 4 * 1.0)  # bob is expected to go on
+    assert lane.queue.wait(BOB) == pytest.approx(2 * 1.0 + 3 * 10.0)
 
 
 def test_works_that_are_here_longer_than_they_take_teach_caution() -> None:
@@ -90,7 +122,7 @@ def test_works_that_are_here_longer_than_they_take_teach_caution() -> None:
             lane.clock.now += 0.5  # between works, when nothing is computed
             lane.done(place, 1.0)
     lane.enter()
-    assert lane.queue.wait == pytest.approx(1.0)
+    assert lane.queue.wait(ANYBODY) == pytest.approx(1.0)
     error = lane.refused(timeout=3.0)  # two works that take 1.5 s each in truth
     assert error is not None
     assert "will take 1.5 s and itself 1.5 s" in error.message
@@ -102,11 +134,11 @@ def test_what_the_first_has_behind_it_counts() -> None:
     lane.learn(10.0)
     lane.enter()
     lane.clock.now += 6.0
-    assert lane.queue.wait == pytest.approx(4.0)
+    assert lane.queue.wait(ANYBODY) == pytest.approx(4.0)
     lane.enter()
-    assert lane.queue.wait == pytest.approx(14.0)
+    assert lane.queue.wait(ANYBODY) == pytest.approx(14.0)
     lane.clock.now += 100.0  # late as it is, the second has not begun
-    assert lane.queue.wait == pytest.approx(10.0)
+    assert lane.queue.wait(ANYBODY) == pytest.approx(10.0)
 
 
 def test_nothing_is_refused_by_what_is_not_known_or_alone() -> None:
@@ -156,9 +188,9 @@ def test_what_was_not_done_teaches_nothing() -> None:
     dropped, kept = lane.enter(), lane.enter()
     lane.queue.leave(dropped, 0.0)
     assert lane.cost() == pytest.approx(10.0)
-    assert lane.queue.wait == pytest.approx(10.0)
+    assert lane.queue.wait(ANYBODY) == pytest.approx(10.0)
     lane.queue.leave(kept, 0.0)
-    assert (len(lane.queue), lane.queue.wait) == (0, 0)
+    assert (len(lane.queue), lane.queue.wait(ANYBODY)) == (0, 0)
 
 
 def test_one_owner_leaves_room_for_others() -> None:

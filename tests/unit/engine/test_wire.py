@@ -39,9 +39,11 @@ def through(ends: tuple[Connection, Connection], message: Any) -> Any:
     "message",
     [
         None,
-        EncodeWork("model", "digest", b""),
+        EncodeWork("model", "digest", b"", "key:alice"),
         EncodeWork("model", "digest", bytes(range(256)) * 2**18),  # 64 MiB
-        PredictWork("model", SegmentationInput(image=b"", mask_input=TENSOR), b"image", ImageHeader(1, 2, 3)),
+        PredictWork(
+            "model", SegmentationInput(image=b"", mask_input=TENSOR), b"image", ImageHeader(1, 2, 3), "key:alice"
+        ),
         [NDArrayFloat.from_numpy(np.ones(5000)) for _ in range(1500)],  # more buffers than one system call takes
         TENSOR,
         NDArrayFloat.from_numpy(np.ones(3), "bfloat16"),

@@ -1,5 +1,7 @@
 """What a session's name stands for, for whom, and how long."""
 
+from contextlib import suppress
+
 import pytest
 
 from segrpc.service.errors import NoPredictorStateError
@@ -59,3 +61,39 @@ def test_the_longest_unused_makes_room(images: CurrentImages) -> None:
     assert (images.get("me", "a"), images.get("me", "c")) == ("a", "c")
     with pytest.raises(NoPredictorStateError):
         images.get("me", "b")
+
+
+def known(images: CurrentImages, caller: str, names: str) -> str:
+    """The names of a caller's sessions that are remembered; asking counts as use."""
+    found = ""
+    for name in names:
+        with suppress(NoPredictorStateError):
+            images.get(caller, name)
+            found += name
+    return found
+
+
+def test_who_has_more_than_its_share_forgets_its_own(clock: Clock) -> None:
+    images = CurrentImages(max_sessions=6, idle_seconds=10, share=0.5, clock=clock)
+    images.set("quiet", "q", "digest")
+    for name in "abcdefgh":
+        images.set("busy", name, "digest")
+    assert len(images) == 6  # while nobody needs it, anybody may use all the room
+    assert known(images, "quiet", "q") == "q"
+    assert known(images, "busy", "abcdefgh") == "defgh"
+    for name in "rst":
+        images.set("quiet", name, "digest")
+    assert known(images, "quiet", "qrst") == "rst"  # with four it is the one beyond its share
+    assert known(images, "busy", "defgh") == "fgh"
+
+
+def test_idle_sessions_do_not_count_for_the_share(clock: Clock) -> None:
+    images = CurrentImages(max_sessions=4, idle_seconds=10, share=0.5, clock=clock)
+    for name in "abcd":
+        images.set("was busy", name, "digest")
+    clock.now = 11
+    images.set("was busy", "a", "digest")
+    for name in "abcd":
+        images.set("busy", name, "digest")
+    assert known(images, "was busy", "a") == "a"
+    assert known(images, "busy", "abcd") == "bcd"

@@ -112,7 +112,7 @@ class SegmentJob:
         input: The input; ``image`` is the encoded file as bytes.
         tensor_dtype: The element type of returned tensors.
         header: The image's size and orientation if the caller knows it; otherwise it is read when it is needed.
-        owner: Who asks, so that none takes the places of all; empty where callers are not identified.
+        owner: Who asks: owners take turns, and none takes the places of all. Empty where callers are not identified.
     """
 
     model: str
@@ -253,7 +253,8 @@ class EngineOptions:
         max_pending_encodes: How many images may be encoded or wait for it, on each device; more are refused. Models
             that have no separate encoding count here.
         max_pending_decodes: How many jobs may have prompts decoded or wait for it, on each device; more are refused.
-        principal_share: The part of both that one owner may have, above 0, at most 1.
+        principal_share: The part of both that one owner may have, and of the embeddings when there is no room for all;
+            above 0, at most 1.
         devices: Where to run, such as ``cuda:0``; each device gets its own share of the images. Empty: once, on the
             device that the models choose themselves.
         log_level: What worker processes log, as a level of `logging`.

@@ -67,7 +67,7 @@ class Core:
     def __init__(self, options: EngineOptions, device: str = "") -> None:
         self._limits: ImageLimits = options.limits
         self._models = {config.name: _create(config, device) for config in options.models}
-        self._cache = EmbeddingCache(options.cache_bytes, options.host_cache_bytes)
+        self._cache = EmbeddingCache(options.cache_bytes, options.host_cache_bytes, options.principal_share)
         self._memory: tuple[tuple[str, int], ...] = ()
         self._next_look = 0.0
 
@@ -169,7 +169,7 @@ class Core:
         with _timed(times, "encode_image"):
             embedding = self._with_memory(work.model, lambda: model.embed(decoded.pixels))
         header = ImageHeader(decoded.width, decoded.height, decoded.exif_orientation)
-        self._cache.put(key, CachedImage(embedding, header), model, pin=True)
+        self._cache.put(key, CachedImage(embedding, header), model, owner=work.owner, pin=True)
         return EncodedImage(header, times)
 
     def _predict(self, work: PredictWork) -> SegmentResult:

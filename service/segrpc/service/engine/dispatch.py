@@ -4,6 +4,7 @@ import asyncio
 import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from segrpc.service.engine.backend import Backend
@@ -197,38 +198,37 @@ class Dispatcher:
     ) -> SegmentResult:
         check_capabilities(job.input, served.metadata, job.model)
         image, header = await self._checked(job.input, job.header)
-        work = PredictWork(job.model, _bare(job.input), image, header)
+        work = PredictWork(job.model, _bare(job.input), image, header, job.owner)
         device = self._device(job.digest)
-        result: SegmentResult = await device.run(device.admit(work, job.owner, token), token)
+        result: SegmentResult = await device.run(device.admit(work, token), token)
         result.times.add(times)
         return result
 
     async def _prompt(
         self, served: ServedModel, job: SegmentJob, token: CancelToken, times: StageTimes
     ) -> SegmentResult:
-        work = DecodeWork(job.model, job.digest, _bare(job.input), job.tensor_dtype)
+        work = DecodeWork(job.model, job.digest, _bare(job.input), job.tensor_dtype, owner=job.owner)
         if work.brings_embedding:
             check_capabilities(job.input, served.metadata, job.model)
             _, header = await self._checked(job.input, job.header)
-            work = DecodeWork(job.model, job.digest, work.input, job.tensor_dtype, header)
-        result: SegmentResult = await self._with_embedding(work, job.owner, job.input, job.header, token, times)
+            work = replace(work, header=header)
+        result: SegmentResult = await self._with_embedding(work, job.input, job.header, token, times)
         return result
 
     async def _encode(self, served: ServedModel, job: EncodeJob, token: CancelToken, times: StageTimes) -> EncodeResult:
         given = SegmentationInput(image=job.image, return_image_embedding=True)
         if not job.return_embedding:
-            touch = TouchWork(job.model, job.digest)
-            touched: EncodedImage = await self._with_embedding(touch, job.owner, given, None, token, times)
+            touch = TouchWork(job.model, job.digest, job.owner)
+            touched: EncodedImage = await self._with_embedding(touch, given, None, token, times)
             return EncodeResult(None, [], touched.header, touched.times)
-        work = DecodeWork(job.model, job.digest, _bare(given), job.tensor_dtype)
-        result: SegmentResult = await self._with_embedding(work, job.owner, given, None, token, times)
+        work = DecodeWork(job.model, job.digest, _bare(given), job.tensor_dtype, owner=job.owner)
+        result: SegmentResult = await self._with_embedding(work, given, None, token, times)
         output = result.output
         return EncodeResult(output.image_embedding, output.high_resolution_features or [], result.header, result.times)
 
     async def _with_embedding(
         self,
         work: DecodeWork | TouchWork,
-        owner: str,
         given: SegmentationInput,
         header: ImageHeader | None,
         token: CancelToken,
@@ -238,7 +238,7 @@ class Dispatcher:
         device = self._device(work.digest)
         start = time.perf_counter()
         # A look into the cache takes no time.
-        place = device.enter(work, owner) if isinstance(work, TouchWork) else device.admit(work, owner, token)
+        place = device.enter(work) if isinstance(work, TouchWork) else device.admit(work, token)
         try:
             result = await device.run(place, token)
         except EmbeddingMissing:
@@ -252,10 +252,10 @@ class Dispatcher:
         image, _ = await self._checked(given, header)
         encode: SharedEncode | None = None
         for _ in range(MAX_ENCODES):
-            to_encode = EncodeWork(work.model, work.digest, image)
-            async with self._encodes.use(device, to_encode, owner, token, times, encode) as encode:
+            to_encode = EncodeWork(work.model, work.digest, image, work.owner)
+            async with self._encodes.use(device, to_encode, token, times, encode) as encode:
                 try:
-                    result = await device.run(device.enter(work, owner), token)
+                    result = await device.run(device.enter(work), token)
                 except EmbeddingMissing:
                     continue
             result.times.add(times)

@@ -1,15 +1,18 @@
-"""Lanes: threads that take works one after the other, so that one kind of work never waits for another kind."""
+"""Lanes: threads that take works one after the other, so that one kind of work never waits for another kind.
+
+Within a lane owners take turns (`TurnQueue`), so that one who clicks once does not wait for another's fifty.
+"""
 
 import logging
 import os
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from segrpc.service.engine.base import CancelToken
+from segrpc.service.engine.turns import TurnQueue
 from segrpc.service.engine.work import Order, Result, Ticket
 from segrpc.service.errors import DeadlineError
 
@@ -22,7 +25,8 @@ class Lane:
     Args:
         name: The thread's name.
         run: Does works that were taken from the queue together, and settles their tickets.
-        most: How many works it takes at most together: those that wait when it gets to them; it never waits for more.
+        most: How many works it takes at most together: those whose turns are next when it gets to them; it never waits
+            for more.
         nice: How much lower than normal the operating system's priority of the thread is, 0 to 19; Linux only. Threads
             that it starts, such as those of OpenMP, inherit it.
     """
@@ -31,14 +35,14 @@ class Lane:
         self._run = run
         self._most = most
         self._nice = nice
-        self._queue: deque[Ticket] = deque()
+        self._queue: TurnQueue[Ticket] = TurnQueue()
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
     def submit(self, work: Order, token: CancelToken) -> "Future[Result]":
-        """Put a work at the end of the queue. If its token is cancelled while it waits there, it fails at once.
+        """Put a work behind the others of its owner. If its token is cancelled while it waits there, it fails at once.
 
         Raises:
             RuntimeError: If the lane is closed.
@@ -47,7 +51,7 @@ class Lane:
         with self._changed:
             if self._closing:
                 raise RuntimeError("the lane is closed")
-            self._queue.append(ticket)
+            self._queue.put(work.owner, ticket)
             self._changed.notify()
         forget = token.on_cancel(lambda: self._drop(ticket))
         ticket.future.add_done_callback(lambda _: forget())
@@ -62,9 +66,8 @@ class Lane:
 
     def _drop(self, ticket: Ticket) -> None:
         with self._changed:
-            if ticket not in self._queue:
+            if not self._queue.discard(ticket.work.owner, ticket):
                 return
-            self._queue.remove(ticket)
         ticket.settle(DeadlineError("the caller left before the work was done"))
 
     def _work(self) -> None:
@@ -87,4 +90,7 @@ class Lane:
         """Wait for works; an empty list says that there will be none any more."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closing)
-            return [self._queue.popleft() for _ in range(min(self._most, len(self._queue)))]
+            taken: list[Ticket] = []
+            while self._queue and len(taken) < self._most:
+                taken.append(self._queue.take())
+            return taken

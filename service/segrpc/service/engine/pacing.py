@@ -3,6 +3,9 @@
 Each lane has a queue of its own, so that a heap of images to encode keeps nobody from clicking. Work is refused when it
 comes rather than dropped when it is late: when its lane has as many works as may wait, or when those before it leave it
 no time until its deadline. What a work takes is learned from those that were done.
+
+In a lane owners take turns (`segrpc.service.engine.turns`). So before a work come those of its own owner, and one more
+of every other.
 """
 
 import time
@@ -47,7 +50,6 @@ class Place:
 
     Attributes:
         work: The work.
-        owner: Whose it is.
         units: How many times it does what is alike.
         cost: What it was expected to take when it came, in seconds.
         entered: When that was.
@@ -55,11 +57,23 @@ class Place:
     """
 
     work: Work
-    owner: str
     units: int
     cost: float
     entered: float
     expected: float
+
+
+@dataclass(slots=True)
+class Owned:
+    """What one owner has in a queue.
+
+    Attributes:
+        count: How many works.
+        cost: What they were expected to take together, in seconds.
+    """
+
+    count: int = 0
+    cost: float = 0.0
 
 
 class Queue:
@@ -68,7 +82,8 @@ class Queue:
     Args:
         setting: The setting that limits it, for messages.
         most: How many works there may be.
-        share: The part of them that one owner may have; an owner's name is empty where callers are not identified.
+        share: The part of them that one owner may have. Callers who are not identified are one owner, without a name,
+            that may have all of them.
         clock: Gives the time in seconds, for tests.
 
     Attributes:
@@ -83,22 +98,27 @@ class Queue:
         self._clock = clock
         self.costs = Costs()
         self._places: dict[Place, None] = {}  # in the order of coming
-        self._owned: dict[str, int] = {}
-        self._backlog = 0.0
+        self._owned: dict[str, Owned] = {}
         self._slip = 1.0  # how much longer than expected works have been here, on average
         self._left = -float("inf")  # when the last work was done
 
     def __len__(self) -> int:
         return len(self._places)
 
-    @property
-    def wait(self) -> float:
-        """How long all that is here will probably take, in seconds."""
-        head = next(iter(self._places), None)
-        if head is None:
+    def wait(self, owner: str) -> float:
+        """Tell how long another work of an owner will probably wait, in seconds.
+
+        Its turn comes after as many rounds as its owner has works here. Who is here now is expected to be there in each
+        round: who clicks has one work at a time, and the next when that is answered.
+        """
+        oldest = next(iter(self._places), None)
+        if oldest is None:
             return 0.0
-        done = min(head.cost, self._clock() - max(self._left, head.entered))
-        return max(0.0, self._backlog - done)
+        own = self._owned.get(owner, Owned())
+        round_ = sum(one.cost / one.count for name, one in self._owned.items() if name != owner)
+        # What runs is somebody's turn. Which it is only the lane knows; they are alike.
+        done = min(oldest.cost, self._clock() - max(self._left, oldest.entered))
+        return max(0.0, own.cost + (own.count + 1) * round_ - done)
 
     def check(self, cost: float, owner: str, token: CancelToken) -> None:
         """Look whether a work makes sense now.
@@ -111,7 +131,7 @@ class Queue:
         Raises:
             OverloadedError: If there are too many works, altogether or of this owner, or no time is left.
         """
-        count, own = len(self._places), self._owned.get(owner, 0)
+        count, own = len(self._places), self._owned.get(owner, Owned()).count
         if owner and own >= self._most_of_one:
             text = f"{owner!r} may have {self._most_of_one} jobs that run or wait ({self._setting}), and has {own}"
             raise OverloadedError(f"{text}; try again", self._until_one_is_done())
@@ -122,20 +142,19 @@ class Queue:
         # Nothing is refused for its own cost alone: what is never done again could never turn out to be quicker.
         if remaining is None or not count:
             return
-        wait, cost = self.wait * self._slip, cost * self._slip
+        wait, cost = self.wait(owner) * self._slip, cost * self._slip
         if wait + cost > remaining * (1 - MARGIN):
             raise OverloadedError(
-                f"the deadline is in {remaining:.2g} s, but the {count} jobs before this one will take {wait:.2g} s "
-                f"and itself {cost:.2g} s; try again with more time, or later",
+                f"the deadline is in {remaining:.2g} s, but the jobs before this one will take {wait:.2g} s and itself "
+                f"{cost:.2g} s; try again with more time, or later",
                 max(RETRY_AFTER, wait + cost - remaining),
             )
 
-    def enter(self, work: Work, owner: str, token: CancelToken | None = None) -> Place:
-        """Put a work at the end.
+    def enter(self, work: Work, token: CancelToken | None = None) -> Place:
+        """Give a work a place.
 
         Args:
             work: The work.
-            owner: Whose it is.
             token: Says when it must be done. Without one it is put there whatever the limits.
 
         Raises:
@@ -144,11 +163,12 @@ class Queue:
         units = _units(work)
         cost = units * self.costs.of(_kind(work))
         if token is not None:
-            self.check(cost, owner, token)
-        place = Place(work, owner, units, cost, self._clock(), self.wait + cost)
+            self.check(cost, work.owner, token)
+        place = Place(work, units, cost, self._clock(), self.wait(work.owner) + cost)
         self._places[place] = None
-        self._owned[owner] = self._owned.get(owner, 0) + 1
-        self._backlog += cost
+        own = self._owned.setdefault(work.owner, Owned())
+        own.count += 1
+        own.cost += cost
         return place
 
     def leave(self, place: Place, seconds: float) -> None:
@@ -159,10 +179,11 @@ class Queue:
             seconds: How long it was worked on, if it was done; 0 if not.
         """
         del self._places[place]
-        self._backlog = self._backlog - place.cost if self._places else 0.0  # and no error of rounding adds up
-        own = self._owned.pop(place.owner) - 1
-        if own:
-            self._owned[place.owner] = own
+        own = self._owned[place.work.owner]
+        own.count -= 1
+        own.cost -= place.cost
+        if not own.count:
+            del self._owned[place.work.owner]  # and no error of rounding adds up
         if seconds > 0:
             now = self._clock()
             # Works that were done together each took all the time, but delayed others by only their part of it.
@@ -174,7 +195,7 @@ class Queue:
                 self._slip = max(1.0, self._slip + (slip - self._slip) / WINDOW)
 
     def _until_one_is_done(self) -> float:
-        return max(RETRY_AFTER, self.wait / max(1, len(self._places)))
+        return max(RETRY_AFTER, sum(one.cost for one in self._owned.values()) / max(1, len(self._places)))
 
 
 class Device:
@@ -199,17 +220,17 @@ class Device:
         queue = self._queue(kind[0])
         queue.check(queue.costs.of(kind), owner, token)
 
-    def admit(self, work: Work, owner: str, token: CancelToken) -> Place:
+    def admit(self, work: Work, token: CancelToken) -> Place:
         """Give a work its place, to be used by `run` without a step in between that may fail.
 
         Raises:
             OverloadedError: If it makes no sense now.
         """
-        return self._queue(type(work)).enter(work, owner, token)
+        return self._queue(type(work)).enter(work, token)
 
-    def enter(self, work: Work, owner: str) -> Place:
+    def enter(self, work: Work) -> Place:
         """Give a work its place whatever the limits: it follows another that was admitted, or takes no time."""
-        return self._queue(type(work)).enter(work, owner)
+        return self._queue(type(work)).enter(work)
 
     async def run(self, place: Place, token: CancelToken) -> Any:
         """Do a work; see `Backend.run`. Its place is free when the work has ended, also when nobody waits any more."""

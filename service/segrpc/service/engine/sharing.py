@@ -44,7 +44,6 @@ class SharedEncodes:
         self,
         device: Device,
         work: EncodeWork,
-        owner: str,
         token: CancelToken,
         times: StageTimes,
         stale: SharedEncode | None,
@@ -56,7 +55,6 @@ class SharedEncodes:
         Args:
             device: Where to encode.
             work: What to encode.
-            owner: Whose image it is.
             token: Says how long to wait.
             times: Gets the times of the encoding, or of the wait for somebody else's.
             stale: An encoding that turned out to be of no use, because its embedding is gone.
@@ -71,7 +69,7 @@ class SharedEncodes:
         encode = self._encodes.get(key)
         own = encode is None or encode is stale
         if encode is None or encode is stale:
-            encode = self._encodes[key] = SharedEncode(device, device.admit(work, owner, token))
+            encode = self._encodes[key] = SharedEncode(device, device.admit(work, token))
             encode.task.add_done_callback(self._encoded)
         encode.users += 1
         start = time.perf_counter()

@@ -33,6 +33,7 @@ class DecodeWork:
         input: The input, without the image.
         tensor_dtype: The element type of returned tensors.
         header: The image's size and orientation; needed for an embedding in the input only.
+        owner: Who asks: owners take turns. Empty for all that are not identified, and for the server itself.
     """
 
     model: str
@@ -40,6 +41,7 @@ class DecodeWork:
     input: SegmentationInput
     tensor_dtype: FloatType
     header: ImageHeader | None = None
+    owner: str = ""
 
     @property
     def brings_embedding(self) -> bool:
@@ -53,6 +55,7 @@ class TouchWork:
 
     model: str
     digest: str
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +66,17 @@ class EncodeWork:
         model: The model's name.
         digest: The digest of the image.
         image: The encoded file.
+        owner: Who asks, and whose the embedding is.
     """
 
     model: str
     digest: str
     image: bytes
+    owner: str = ""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return EncodeWork, (self.model, self.digest, PickleBuffer(self.image))  # beside the pickle, not copied into it
+        # The image travels beside the pickle and is not copied into it.
+        return EncodeWork, (self.model, self.digest, PickleBuffer(self.image), self.owner)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,20 +88,24 @@ class PredictWork:
         input: The input, without the image.
         image: The encoded file.
         header: The image's size and orientation.
+        owner: Who asks.
     """
 
     model: str
     input: SegmentationInput
     image: bytes
     header: ImageHeader
+    owner: str = ""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PredictWork, (self.model, self.input, PickleBuffer(self.image), self.header)
+        return PredictWork, (self.model, self.input, PickleBuffer(self.image), self.header, self.owner)
 
 
 @dataclass(frozen=True, slots=True)
 class FlushWork:
-    """Let go of all embeddings that nobody is about to use."""
+    """Let go of all embeddings that nobody is about to use. It is the server's own."""
+
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -259,6 +259,9 @@ def _stream_parser(method: str, parse: Any) -> Callable[[AsyncIterator[bytes], _
             if not call.record.request_id:
                 call.adopt(request)
             yield request
+        # A stream whose client left looks to its reader like one that was half-closed. Another read finds nothing, but
+        # until it tells so gRPC has told of the client too, and cancels this call.
+        await call.context.read()
 
     return parsed
 

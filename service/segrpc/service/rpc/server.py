@@ -275,7 +275,9 @@ class Server:
         return Services(
             engine=self._engine,
             images=ImageLibrary(self._store, policy, image_limits(settings)),
-            current_images=CurrentImages(settings.max_sessions, settings.session_idle_seconds),
+            current_images=CurrentImages(
+                settings.max_sessions, settings.session_idle_seconds, settings.principal_share
+            ),
             sessions=self._sessions,
             ledger=self._ledger,
             limits=limits,

@@ -4,6 +4,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 
+from segrpc.service.admission.shares import Shares
 from segrpc.service.errors import NoPredictorStateError
 
 Key = tuple[str, str]  # caller, session_id
@@ -15,13 +16,22 @@ class CurrentImages:
     It remembers digests; the images themselves are in the image store.
 
     Args:
-        max_sessions: How many are remembered; the longest unused is forgotten first.
+        max_sessions: How many are remembered; the longest unused is forgotten first, of a caller beyond its share if
+            there is one (`Shares`).
         idle_seconds: How long an unused one is remembered.
+        share: The part of them that is one caller's share, above 0, at most 1.
         clock: Gives the time in seconds, for tests.
     """
 
-    def __init__(self, max_sessions: int, idle_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        max_sessions: int,
+        idle_seconds: float,
+        share: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._max_sessions = max_sessions
+        self._shares = Shares(max_sessions, share)
         self._idle_seconds = idle_seconds
         self._clock = clock
         self._sessions: OrderedDict[Key, tuple[str, float]] = OrderedDict()  # digest, last use; oldest first
@@ -33,10 +43,14 @@ class CurrentImages:
         """Make an image the current one of a session."""
         self._forget_idle()
         key = (caller, session_id)
+        if key not in self._sessions:
+            self._shares.add(caller, 1)
         self._sessions[key] = (digest, self._clock())
         self._sessions.move_to_end(key)
         if len(self._sessions) > self._max_sessions:
-            self._sessions.popitem(last=False)
+            oldest = self._shares.first_to_go((key[0], key) for key in self._sessions)
+            assert oldest is not None  # there are some
+            self._forget(oldest)
 
     def get(self, caller: str, session_id: str) -> str:
         """Return the digest of a session's current image.
@@ -55,5 +69,12 @@ class CurrentImages:
 
     def _forget_idle(self) -> None:
         limit = self._clock() - self._idle_seconds
-        while self._sessions and next(iter(self._sessions.values()))[1] < limit:
-            self._sessions.popitem(last=False)
+        while self._sessions:
+            oldest, (_, last_use) = next(iter(self._sessions.items()))
+            if last_use >= limit:
+                return
+            self._forget(oldest)
+
+    def _forget(self, key: Key) -> None:
+        del self._sessions[key]
+        self._shares.add(key[0], -1)
