@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from segrpc.v1.segmentation_service_pb2 import SegmentRequest
 from segrpc.v1.segmentation_service_pb2_grpc import SegmentationServiceStub
 from segrpc.v1.types_pb2 import Image, Point, Prompt
 from tests.blackbox.failure import failure_of
+from tests.blackbox.frames import NAMELESS
 from tests.blackbox.refine_stream import RefineStream, points
 from tests.checkpoints import write_checkpoint
 from tests.server_process import ServerProcess, connect, raw
@@ -177,6 +179,22 @@ def failed(address: str) -> str:
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     return result.stderr
+
+
+def test_a_method_whose_name_is_no_text(site: Site) -> None:
+    (target,) = re.findall(r"administration is on (\S+)", site.server.log_text())
+    host, _, port = target.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(NAMELESS)
+        with suppress(ConnectionError):
+            while connection.recv(2**16):
+                pass
+    with grpc.insecure_channel(target) as admin:
+        told = AdminServiceStub(admin).GetStatistics(GetStatisticsRequest(), timeout=20, wait_for_ready=True)
+    assert not told.draining
+    assert "grpc stopped serving for administration" in site.server.log_text()
+    with connect(site.server) as channel:  # whose port was not touched
+        assert raw(channel, "/grpc.health.v1.Health/Check")(b"") == SERVING
 
 
 def test_it_does_not_listen_beyond_this_machine() -> None:

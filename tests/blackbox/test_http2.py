@@ -12,6 +12,7 @@ from segrpc.v1.refine_pb2 import ImageChunk, UploadHeader
 from segrpc.v1.segmentation_service_pb2 import SegmentRequest, UploadImageRequest
 from segrpc.v1.segmentation_service_pb2_grpc import SegmentationServiceStub
 from segrpc.v1.types_pb2 import Image, Point, Prompt
+from tests.blackbox.flood import Flood
 from tests.blackbox.frames import (
     ACK,
     CONTINUATION,
@@ -218,6 +219,18 @@ def test_a_flood_leaves_nothing_behind(served: Served, sent: bytes) -> None:
     served.settles()
     grown = served.server.resident_bytes() - before
     assert grown < MARGIN, f"the server grew by {grown / 2**20:.1f} MiB"
+
+
+def test_a_connection_that_keeps_resetting_streams(served: Served, photo: bytes) -> None:
+    click = SegmentRequest(image=Image(data=photo), prompts=[Prompt(points=[Point(x=5, y=5)])])
+    with Flood(served.server.target) as flood, connect(served.server) as before:
+        for _ in range(3):
+            with connect(served.server) as fresh:
+                for channel in (before, fresh):
+                    assert raw(channel, HEALTH.decode())(b"", timeout=60, wait_for_ready=True) == b"\x08\x01"
+                    assert SegmentationServiceStub(channel).Segment(click, timeout=60).predictions
+        assert flood.goes_on()
+    served.settles()
 
 
 @pytest.mark.parametrize("sent", [b"", PREFACE[:-1], START + call(1)[:-1]], ids=["silent", "preface", "headers"])

@@ -80,6 +80,16 @@ def test_health_checks_are_calls_too(measured: ServerProcess, channel: grpc.Chan
     scrape_until(measured, lambda now: now.value(name, **labels) == 1)
 
 
+def test_calls_of_unknown_methods_have_one_label(measured: ServerProcess, channel: grpc.Channel) -> None:
+    before = Scrape(measured)
+    for method in ("/mine/Secret1", "/mine/Secret2", "/segrpc.v1.SegmentationService/Secret3"):
+        assert failure_of(lambda method=method: raw(channel, method)(b"")).code.name == "UNIMPLEMENTED"  # type: ignore[misc]
+    name, labels = ended("duration_seconds_count", "other", "UNIMPLEMENTED")
+    after = scrape_until(measured, lambda now: now.value(name, **labels) == before.value(name, **labels) + 3)
+    assert after.value("grpc_server_call_started_total", grpc_method="other") >= 3
+    assert not [labels for _, labels in after.samples if "Secret" in str(labels)]
+
+
 def test_rounds_stages_and_batches_of_a_session(measured: ServerProcess, channel: grpc.Channel, photo: bytes) -> None:
     SegmentationServiceStub(channel).EncodeImage(EncodeImageRequest(image=Image(data=photo)))
     before = Scrape(measured)

@@ -17,6 +17,8 @@ from segrpc.client import (
     UnavailableError,
 )
 from segrpc.service.identity.keys import hash_of, new_key, toml_of
+from tests.blackbox.flood import Flood
+from tests.blackbox.scrape import Scrape
 from tests.blackbox.test_buf_curl import BUF
 from tests.server_process import ServerProcess
 
@@ -120,6 +122,22 @@ def test_client_certificates_say_who_calls(certificates: Certificates, tmp_path:
     log = server.log_text()  # only now: calls are logged after they are answered
     assert "principal='certificate:camera 7'" in log
     assert "principal='certificate:machine-8.example'" in log
+
+
+def test_strangers_do_not_come_as_far_as_a_stream(certificates: Certificates, tmp_path: Path, photo: bytes) -> None:
+    client_ca = ("--tls-client-ca", str(certificates.ca), "--metrics-listen", "0")
+    known = {**certificates.client(certificates.authority, common_name="camera 7"), "timeout": 60}
+    with ServerProcess(*certificates.options, *client_ca, log=tmp_path / "log") as server:
+        with SegmentationClient(server.target, **known) as before, Flood(server.target, str(certificates.ca)) as flood:
+            for _ in range(5):
+                with SegmentationClient(server.target, **known) as fresh:
+                    for client in (before, fresh):
+                        assert client.health()
+                        assert client.segment(photo, points=[(5, 5)]).predictions
+            assert flood.goes_on()
+        found = Scrape(server).samples.items()
+    begun = {dict(labels)["grpc_method"]: n for (name, labels), n in found if name == "grpc_server_call_started_total"}
+    assert begun == {"grpc.health.v1.Health/Check": 10, "segrpc.v1.SegmentationService/Segment": 10}
 
 
 def test_a_token_counts_more_than_a_certificate(certificates: Certificates, tmp_path: Path) -> None:

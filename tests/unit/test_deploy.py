@@ -11,7 +11,7 @@ from pydantic import ByteSize, TypeAdapter
 
 from segrpc.service.engine.child import STOP_SECONDS
 from segrpc.service.models.sam2.catalog import VARIANTS
-from segrpc.service.rpc.server import CLOSE_SECONDS
+from segrpc.service.rpc.port import CLOSE_SECONDS
 from segrpc.service.settings import GiB, Settings
 
 DEPLOY = Path(__file__).parents[2] / "service" / "deploy"

@@ -61,6 +61,19 @@ class Violation:
     description: str
 
 
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """A limit that is somebody's own.
+
+    Attributes:
+        subject: The principal's name.
+        description: How much it may have of what.
+    """
+
+    subject: str
+    description: str
+
+
 class SegrpcError(Exception):
     """The root of all errors that the service raises on purpose.
 
@@ -256,9 +269,19 @@ class ExhaustedError(_RetryableError):
 
 
 class OverloadedError(ExhaustedError):
-    """The queue, the memory or another budget is full."""
+    """The queue, the memory or another budget is full.
+
+    Args:
+        message: As in `SegrpcError`.
+        retry_after: Seconds after which another try makes sense, or None if nobody knows.
+        quota: Whose own limit is reached, and which it is; None if it is nobody's own.
+    """
 
     reason = "OVERLOADED"
+
+    def __init__(self, message: str, retry_after: float | None = None, quota: Quota | None = None) -> None:
+        super().__init__(message, retry_after)
+        self.quota = quota
 
 
 class OutOfMemoryError(ExhaustedError):

@@ -8,6 +8,8 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from segrpc.service import errors
+from segrpc.service.admission.ledger import Ledger
+from segrpc.service.admission.limits import Limits, Resource
 from segrpc.service.rpc.status import code_of, internal_status, status_of
 
 
@@ -56,6 +58,25 @@ def test_details() -> None:
     retry = error_details_pb2.RetryInfo()
     status.details[1].Unpack(retry)
     assert retry.retry_delay.ToMilliseconds() == 1500
+
+
+def test_a_principals_own_limit() -> None:
+    ledger = Ledger(Limits(max_requests=2, principal_share=0.5))
+    ledger.take(Resource.REQUESTS, "key:alice")
+    with pytest.raises(errors.OverloadedError) as own:
+        ledger.take(Resource.REQUESTS, "key:alice")
+    status = status_of(own.value, "")
+    assert details_of(status) == ["google.rpc.ErrorInfo", "google.rpc.RetryInfo", "google.rpc.QuotaFailure"]
+    failure = error_details_pb2.QuotaFailure()
+    status.details[2].Unpack(failure)
+    (violation,) = failure.violations
+    assert violation.subject == "key:alice"
+    assert "1 requests at once (max_requests)" in violation.description
+
+    ledger.take(Resource.REQUESTS, "key:bob")
+    with pytest.raises(errors.OverloadedError) as together:
+        ledger.take(Resource.REQUESTS, "key:carol")
+    assert "google.rpc.QuotaFailure" not in details_of(status_of(together.value, ""))
 
 
 def test_a_bug_shows_its_id_only() -> None:

@@ -7,7 +7,7 @@ from threading import Lock
 
 from segrpc.service.admission.limits import Limits, Resource
 from segrpc.service.admission.memory import MemoryGuard
-from segrpc.service.errors import OverloadedError
+from segrpc.service.errors import OverloadedError, Quota
 
 # Seconds after which another try makes sense: streams and sessions end when people are done, not in milliseconds.
 _RETRY_AFTER = {Resource.STREAMS: 5.0, Resource.SESSIONS: 5.0, Resource.SESSION_BYTES: 5.0}
@@ -46,7 +46,8 @@ class Refusal:
         """Make the error that says so; with a time to wait, unless that would not help."""
         hopeless = self.amount > self.allowed
         wait = None if hopeless else _RETRY_AFTER.get(self.resource, _DEFAULT_RETRY_AFTER)
-        return OverloadedError(f"{self}; {'send less' if hopeless else 'try again later'}", wait)
+        quota = None if self.owner is None else Quota(self.owner, str(self))
+        return OverloadedError(f"{self}; {'send less' if hopeless else 'try again later'}", wait, quota)
 
 
 class Ledger:

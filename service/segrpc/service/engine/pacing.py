@@ -17,7 +17,7 @@ from segrpc.service.admission.limits import share_of
 from segrpc.service.engine.backend import Backend
 from segrpc.service.engine.base import CancelToken, EngineOptions, StageTimes
 from segrpc.service.engine.work import DecodeWork, EncodeWork, PredictWork, Work
-from segrpc.service.errors import OverloadedError
+from segrpc.service.errors import OverloadedError, Quota
 
 RETRY_AFTER = 1.0  # seconds, at least: about as long as an image takes to encode on a CPU
 MARGIN = 0.2  # of the time that is left: the answer must still be put together and travel
@@ -134,7 +134,7 @@ class Queue:
         count, own = len(self._places), self._owned.get(owner, Owned()).count
         if owner and own >= self._most_of_one:
             text = f"{owner!r} may have {self._most_of_one} jobs that run or wait ({self._setting}), and has {own}"
-            raise OverloadedError(f"{text}; try again", self._until_one_is_done())
+            raise OverloadedError(f"{text}; try again", self._until_one_is_done(), Quota(owner, text))
         if count >= self._most:
             text = f"{count} jobs are running or waiting already, as many as may ({self._setting})"
             raise OverloadedError(f"{text}; try again", self._until_one_is_done())

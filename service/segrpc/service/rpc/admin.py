@@ -13,13 +13,12 @@ from segrpc.service.engine.base import Flushed
 from segrpc.service.errors import InvalidFieldError
 from segrpc.service.identity.authenticator import Authenticator
 from segrpc.service.rpc.interceptors import Boundary
+from segrpc.service.rpc.port import Port
 from segrpc.service.rpc.reflection import add_reflection
 from segrpc.service.telemetry.call import Observer
 from segrpc.service.telemetry.statistics import Statistics
 
 SERVICE = admin_service_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
-
-STOP_SECONDS = 1.0  # for answers that are on their way when the port closes
 
 Context = Any  # as for the other servicers
 
@@ -111,45 +110,22 @@ def statistics_message(now: Statistics, draining: bool) -> admin_service_pb2.Get
     )
 
 
-class AdminPort:
-    """The port. Made on the event loop that it will run on.
+def admin_port(operated: Operated, observers: Sequence[Observer], *, reflects: bool) -> Port:
+    """Make the port. On the event loop that it will be served on.
 
     Args:
         operated: The server.
         observers: Are told of each call.
         reflects: Whether it answers reflection.
     """
+    # A boundary of its own: its calls are none that a server waits for when it drains.
+    boundary = Boundary(Authenticator(None, None, certificates=False), Ledger(), observers)
 
-    def __init__(self, operated: Operated, observers: Sequence[Observer], *, reflects: bool) -> None:
-        # A boundary of its own: its calls are none that a server waits for when it drains.
-        boundary = Boundary(Authenticator(None, None, certificates=False), Ledger(), observers)
-        self._server = grpc.aio.server(interceptors=[boundary], options=[("grpc.so_reuseport", 0)])
-        add_AdminServiceServicer_to_server(AdminServicer(operated), self._server)
+    def make_server() -> grpc.aio.Server:
+        server = grpc.aio.server(interceptors=[boundary], options=[("grpc.so_reuseport", 0)])
+        add_AdminServiceServicer_to_server(AdminServicer(operated), server)
         if reflects:
-            add_reflection(self._server, [SERVICE])
+            add_reflection(server, [SERVICE])
+        return server
 
-    def open(self, address: str) -> str:
-        """Take the port; calls wait until `start`.
-
-        Args:
-            address: HOST:PORT on the loopback interface; port 0 takes a free one.
-
-        Returns:
-            The address.
-
-        Raises:
-            OSError: If the address cannot be listened on.
-        """
-        try:
-            port = self._server.add_insecure_port(address)
-        except RuntimeError as error:
-            raise OSError(f"cannot listen on {address} for administration: is the address right, and free?") from error
-        return f"{address.rpartition(':')[0]}:{port}"
-
-    async def start(self) -> None:
-        """Answer calls."""
-        await self._server.start()
-
-    async def stop(self) -> None:
-        """Close the port."""
-        await self._server.stop(STOP_SECONDS)
+    return Port(make_server, purpose="administration")

@@ -31,6 +31,7 @@ OFFLOAD_BYTES = 256 * 1024  # larger messages are parsed and serialised in a thr
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _OWN_SERVICES = "/segrpc."
+UNKNOWN_METHOD = "/other"  # what gRFC A66 calls methods that are not registered: their names are the callers' own
 _OPEN_SERVICES = "/grpc.health."  # load balancers have no credentials
 
 
@@ -89,6 +90,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         """Replace a handler by a wrapped one."""
         handler = await continuation(handler_call_details)
         if handler is None:
+            self._count_unknown()
             return None
         method = handler_call_details.method
         parse, serialise = handler.request_deserializer, handler.response_serializer
@@ -103,6 +105,12 @@ class Boundary(grpc.aio.ServerInterceptor):
             return handler._replace(request_deserializer=None, response_serializer=None, unary_stream=wrapped)  # type: ignore[attr-defined,no-any-return]
         wrapped = self._to_stream(method, _stream_parser(method, parse), handler.stream_stream, serialise)
         return handler._replace(request_deserializer=None, response_serializer=None, stream_stream=wrapped)  # type: ignore[attr-defined,no-any-return]
+
+    def _count_unknown(self) -> None:
+        """Tell the observers of a call of a method that there is not; grpc answers UNIMPLEMENTED by itself."""
+        record = Call(UNKNOWN_METHOD, own=False, observers=self._observers, status="UNIMPLEMENTED")
+        record.begin()
+        record.end()
 
     def _unary_unary(self, method: str, parse: Any, behaviour: Any, serialise: Any) -> Any:
         async def answer(raw: bytes, context: Any) -> bytes:

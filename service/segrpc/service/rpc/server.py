@@ -3,7 +3,6 @@
 import asyncio
 import logging
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,9 +24,10 @@ from segrpc.service.images.decode import ImageLimits
 from segrpc.service.images.library import ImageLibrary
 from segrpc.service.images.sources import SourcePolicy
 from segrpc.service.images.store import ImageStore
-from segrpc.service.rpc.admin import AdminPort
+from segrpc.service.rpc.admin import admin_port
 from segrpc.service.rpc.interceptors import Boundary
 from segrpc.service.rpc.patience import Patience
+from segrpc.service.rpc.port import CLOSE_SECONDS, Port
 from segrpc.service.rpc.reflection import add_reflection
 from segrpc.service.rpc.servicer import ModelServicer, SegmentationServicer
 from segrpc.service.rpc.services import Services
@@ -59,8 +59,6 @@ METHODS = tuple(
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 MAX_PONG_SECONDS = 10.0  # that a client has to answer whether it is there
-CLOSE_SECONDS = 1.0  # for answers that are on their way when the port closes
-WATCH_SECONDS = 0.2  # between looks at whether grpc still serves
 
 
 def image_limits(settings: Settings) -> ImageLimits:
@@ -141,7 +139,6 @@ class Server:
         settings.check_limits(settings.limits())
         self._settings = settings
         self._engine = engine
-        self._certificates = certificates(settings)
         self._telemetry = Telemetry(TelemetryOptions(settings.metrics_listen, settings.otlp_endpoint), self.stats)
         self._limits = watched_limits(settings)
         self._memory = MemoryGuard(settings.memory_bytes) if settings.memory_bytes else None
@@ -155,8 +152,8 @@ class Server:
         self._health = health.aio.HealthServicer()
         self._services = self._make_services()
         self._follower: asyncio.Task[None] | None = None
-        self._tasks: list[asyncio.Task[None]] = []
-        self._server = self._make_server()
+        self._sweeper: asyncio.Task[None] | None = None
+        self._port = Port(self._make_server, certificates(settings))
         self._admin = self._make_admin_port()
 
     async def start(self) -> str:
@@ -169,10 +166,7 @@ class Server:
             OSError: If the address cannot be listened on.
             ModelLoadError: If a model cannot be loaded, or does not answer.
         """
-        try:
-            port = self._open_port(self._server, self._settings.listen)
-        except RuntimeError as error:
-            raise OSError(f"cannot listen on {self._settings.listen}: is the address right, and free?") from error
+        address = self._port.open(self._settings.listen)
         if self._admin is not None:
             log.info("administration is on %s", self._admin.open(self._settings.admin_listen))
         await self._telemetry.start()
@@ -183,13 +177,12 @@ class Server:
         except BaseException:
             await self._engine.stop()
             raise
-        await self._server.start()
+        await self._port.start()
         if self._admin is not None:
             await self._admin.start()
-        address = f"{self._settings.listen.rpartition(':')[0]}:{port}"
         await self._set_serving(True, "", *SERVICES, HEALTH)
         self._follower = asyncio.create_task(self._follow_engine())
-        self._tasks = [asyncio.create_task(work) for work in (self._sweep(), self._keep_serving(address))]
+        self._sweeper = asyncio.create_task(self._sweep())
         return address
 
     async def _set_serving(self, serving: bool, *services: str) -> None:
@@ -202,10 +195,10 @@ class Server:
         async for troubles in self._engine.troubles():
             await self._set_serving(not troubles, "", SEGMENTATION)
 
-    def _make_admin_port(self) -> AdminPort | None:
+    def _make_admin_port(self) -> Port | None:
         if not self._settings.admin_listen:
             return None
-        return AdminPort(self, self._telemetry.observers, reflects=self._settings.reflection)
+        return admin_port(self, self._telemetry.observers, reflects=self._settings.reflection)
 
     def _make_server(self) -> grpc.aio.Server:
         server = grpc.aio.server(interceptors=[self._boundary], options=_connection_options(self._settings))
@@ -215,47 +208,6 @@ class Server:
         if self._settings.reflection:
             add_reflection(server, (*SERVICES, HEALTH))
         return server
-
-    async def _keep_serving(self, address: str) -> None:
-        """Put another server in the place of one that gave up.
-
-        grpc.aio stops serving, for good and for everybody, when anybody asks for a method whose name is no UTF-8:
-        before an interceptor sees the call. The calls in progress are lost; images, sessions and models are not.
-        """
-        while True:
-            try:
-                # Without a timeout it would wait until all connections are gone, and their clients may stay.
-                while await self._server.wait_for_termination(WATCH_SECONDS):
-                    pass
-                return  # stopped by us
-            except Exception as error:  # noqa: BLE001 - whatever made it give up
-                log.error("grpc stopped serving (%s); serving anew", error)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._server.stop(None), CLOSE_SECONDS)  # that ends the connections
-            await self._reopen(address)
-
-    async def _reopen(self, address: str) -> None:
-        while True:
-            server = self._make_server()
-            try:
-                self._open_port(server, address)
-            except RuntimeError as error:
-                log.error("cannot listen on %s again: %s", address, error)
-                await asyncio.sleep(WATCH_SECONDS)
-            else:
-                self._server = server
-                await server.start()
-                return
-
-    def _open_port(self, server: grpc.aio.Server, address: str) -> int:
-        """Open the port of a server.
-
-        Raises:
-            RuntimeError: If the address cannot be listened on.
-        """
-        if self._certificates is None:
-            return int(server.add_insecure_port(address))
-        return int(server.add_secure_port(address, self._certificates.credentials()))
 
     def _make_services(self) -> Services:
         settings = self._settings
@@ -346,9 +298,9 @@ class Server:
         """Finish the calls in progress, close the port and unload the models."""
         if not await self.drain():
             log.warning("calls were still in progress after %g s and are cut off", self._settings.drain_seconds)
-        for task in self._tasks:
-            task.cancel()
-        await self._server.stop(CLOSE_SECONDS)
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        await self._port.stop()
         await self._engine.stop()
         if self._admin is not None:
             await self._admin.stop()

@@ -48,7 +48,7 @@ def code_of(error: SegrpcError) -> grpc.StatusCode:
 
 
 def status_of(error: SegrpcError, request_id: str) -> status_pb2.Status:
-    """Make the rich status of an error: ErrorInfo, and BadRequest, RetryInfo and RequestInfo where they apply."""
+    """Make the rich status of an error: ErrorInfo, and what else applies of the details below."""
     details: list[message.Message] = []
     if error.reason:
         details.append(error_details_pb2.ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN))
@@ -66,6 +66,12 @@ def status_of(error: SegrpcError, request_id: str) -> status_pb2.Status:
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(int(retry_after * 1e9))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    quota = getattr(error, "quota", None)
+    if quota is not None:
+        violation = error_details_pb2.QuotaFailure.Violation(
+            subject=quota.subject, description=_short(quota.description)
+        )
+        details.append(error_details_pb2.QuotaFailure(violations=[violation]))
     if request_id:
         details.append(error_details_pb2.RequestInfo(request_id=request_id))
     return _status(code_of(error), error.message, details)

@@ -51,7 +51,7 @@ class Call:
     """What is known of a call: the boundary and the handlers fill it in, `Observer`s read it.
 
     Attributes:
-        method: Its method, such as ``/segrpc.v1.SegmentationService/Segment``.
+        method: Its method, such as ``/segrpc.v1.SegmentationService/Segment``; ``/other`` for all that there are not.
         own: Whether that is a method of this project's services, not of health or reflection.
         observers: Are told of it.
         trace_parent: The caller's span, if it told one.
