@@ -25,8 +25,15 @@ def test_a_bug_of_the_server_is_told_as_one() -> None:
     assert (error.code, error.reason) == (grpc.StatusCode.INTERNAL, "INTERNAL")
 
 
-def test_a_connection_that_broke_while_grpc_was_sending_is_no_bug_of_the_server() -> None:
-    error = error_from(failed(grpc.StatusCode.INTERNAL, "Internal error from Core"))
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (grpc.StatusCode.INTERNAL, "Internal error from Core"),  # a connection that broke while it was sending
+        (grpc.StatusCode.CANCELLED, "CANCELLED"),  # a server with more calls than gRPC keeps for it
+    ],
+)
+def test_what_grpc_says_by_itself_is_no_bug_of_the_server(code: grpc.StatusCode, message: str) -> None:
+    error = error_from(failed(code, message))
     assert type(error) is UnavailableError
     assert error.code is grpc.StatusCode.UNAVAILABLE
 

@@ -27,6 +27,9 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 ERROR_DOMAIN = "segrpc.v1"
+# The server always gives a reason. Without one these are of gRPC itself, and say that a call did not get through:
+# INTERNAL here, when the connection broke while it was sending; CANCELLED there, when more calls came than it can keep.
+_OF_GRPC = (grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED)
 CANCELLED = "CANCELLED"  # EditRejected.reason after a cancel
 
 
@@ -168,8 +171,7 @@ def error_from(error: Any) -> SegmentationError:
     """Turn a ``grpc.RpcError`` of either kind of stub into the error of its code."""
     code: grpc.StatusCode = error.code()
     details = _details_of(error)
-    if code is grpc.StatusCode.INTERNAL and not details.reason:
-        # The server always gives a reason. Without one it is gRPC here, whose connection broke while it was sending.
+    if code in _OF_GRPC and not details.reason:
         code = grpc.StatusCode.UNAVAILABLE
     kind = next((k for k in SegmentationError.__subclasses__() if code in k.codes), ServerError)
     return kind(error.details() or code.name, code, details)

@@ -346,8 +346,6 @@ def test_results_that_are_being_sent_again_are_not_taken_for_seen() -> None:
         None,
         BROKEN,
         failure(UnavailableError, grpc.StatusCode.UNAVAILABLE, "DRAINING"),
-        failure(ServerError, grpc.StatusCode.CANCELLED),
-        failure(ServerError, grpc.StatusCode.INTERNAL),
         failure(ServerError, grpc.StatusCode.UNKNOWN),
         failure(OverloadedError, grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
     ],

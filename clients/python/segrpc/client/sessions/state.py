@@ -22,8 +22,6 @@ from segrpc.v1 import refine_pb2
 
 FIRST_DELAY, LAST_DELAY = 0.05, 2.0  # seconds before connecting again; doubles from the one to the other
 
-_TRANSPORT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
-
 
 class SessionState:
     """What a client knows of a session.
@@ -242,4 +240,4 @@ class SessionState:
             return False  # while opening, the caller decides
         if error is None or error.code is grpc.StatusCode.UNAVAILABLE or error.reason == "OVERLOADED":
             return True
-        return error.code in _TRANSPORT and not error.reason
+        return error.code is grpc.StatusCode.UNKNOWN and not error.reason
