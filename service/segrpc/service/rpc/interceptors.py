@@ -185,7 +185,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         finally:
             if own:
                 self._end()
-            if _ran_out_of_time(record, context.time_remaining(), streams=counted is Resource.STREAMS):
+            if ran_out_of_time(record, context.time_remaining(), streams=counted is Resource.STREAMS):
                 record.status = "DEADLINE_EXCEEDED"
             record.end()
 
@@ -231,10 +231,15 @@ class _Call:
             self.record.request_id = request.request_id[:128]
 
 
-def _ran_out_of_time(record: Call, remaining: float | None, *, streams: bool) -> bool:
+def ran_out_of_time(record: Call, remaining: float | None, *, streams: bool) -> bool:
     """Tell whether a call ended because its time was over, which looks like something else.
 
     A client's clock runs out before ours, by as long as the call took to come: then it cancels.
+
+    Args:
+        record: What is known of the call.
+        remaining: Seconds until its deadline, by our clock; None without a deadline.
+        streams: Whether the client sends a stream of messages, of which one says that it is finished.
     """
     if remaining is None or record.status not in ("CANCELLED", "OK"):
         return False
