@@ -52,7 +52,7 @@ class Effort:
     block_seconds: float
 
 
-QUICK = Effort(clicks=2, images=2, cold_starts=1, counted=4, series=25, sessions=8, blocks=1, block_seconds=0.5)
+QUICK = Effort(clicks=3, images=1, cold_starts=1, counted=4, series=25, sessions=8, blocks=1, block_seconds=0.5)
 FULL = Effort(clicks=25, images=7, cold_starts=3, counted=20, series=300, sessions=64, blocks=4, block_seconds=3.0)
 
 
