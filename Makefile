@@ -11,8 +11,8 @@ PROTOS := $(sort $(wildcard protos/segrpc/v1/*.proto protos/segrpc/admin/v1/*.pr
 STUBS := generated/python
 # The reference in the tests' own process and the servers beside it must not spin for each other's cores.
 PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
-# Tests often wait for servers to start: two files at a time, each with servers of its own; the slow ones come first.
-TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder
+# Tests often wait for servers: three files at a time keep two cores busy, each with servers of its own.
+TOGETHER := -n 3 --dist loadfile --no-loadscope-reorder
 # What the contract must stay compatible with: the last release.
 BASE ?= $(shell git describe --tags --abbrev=0 2>/dev/null || echo main)
 

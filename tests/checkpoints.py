@@ -1,5 +1,7 @@
 """SAM 2 checkpoints of the real architecture with seeded random weights, for tests without downloads."""
 
+import io
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,13 @@ def write_checkpoint(name: str, folder: Path, *, contrast: float = 1.0, smooth: 
         smooth: Whether masks have few and long outlines, as those of trained weights do; see `_smooth`.
         seed: Of the random weights.
     """
+    file = folder / VARIANTS[name].filename
+    file.write_bytes(_content(name, contrast, smooth, seed))
+    return file
+
+
+@lru_cache(maxsize=1)  # of many tests in a row; the largest takes 0.9 GB
+def _content(name: str, contrast: float, smooth: bool, seed: int) -> bytes:
     variant = VARIANTS[name]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -33,9 +42,9 @@ def write_checkpoint(name: str, folder: Path, *, contrast: float = 1.0, smooth: 
             mlp.layers[-1].bias *= contrast
         if smooth:
             _smooth(model, torch.Generator().manual_seed(seed))
-    file = folder / variant.filename
+    file = io.BytesIO()
     torch.save({"model": model.state_dict()}, file)
-    return file
+    return file.getvalue()
 
 
 def _smooth(model: Any, generator: torch.Generator) -> None:

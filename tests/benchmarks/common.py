@@ -35,6 +35,7 @@ class Effort:
         clicks: Rounds of each kind of click.
         images: Rounds of encoding and of a first mask.
         cold_starts: Servers that are started.
+        counted: Clicks of each kind whose bytes are counted.
         series: Clicks whose distribution is looked at: overhead, and during encodes.
         sessions: Sessions whose memory is measured.
         blocks: Turns of each side where clicks per second are counted.
@@ -44,14 +45,15 @@ class Effort:
     clicks: int
     images: int
     cold_starts: int
+    counted: int
     series: int
     sessions: int
     blocks: int
     block_seconds: float
 
 
-QUICK = Effort(clicks=5, images=3, cold_starts=1, series=50, sessions=32, blocks=1, block_seconds=1.5)
-FULL = Effort(clicks=25, images=7, cold_starts=3, series=300, sessions=64, blocks=4, block_seconds=3.0)
+QUICK = Effort(clicks=3, images=1, cold_starts=1, counted=4, series=25, sessions=8, blocks=1, block_seconds=0.5)
+FULL = Effort(clicks=25, images=7, cold_starts=3, counted=20, series=300, sessions=64, blocks=4, block_seconds=3.0)
 
 
 class InProcess:

@@ -8,7 +8,6 @@ from tests.benchmarks.common import Bench
 from tests.benchmarks.values import Traffic
 from tests.tcp_proxy import TcpProxy
 
-CLICKS = 20
 POINT = (512.0, 410.0)
 
 
@@ -47,13 +46,14 @@ def measure(bench: Bench) -> list[Traffic]:
 def _row(
     bench: Bench, proxy: TcpProxy, workload: str, unary: Callable[[], object], stream: Callable[[], object]
 ) -> Traffic:
-    return Traffic(workload, bench.logits, *_bytes_of(proxy, unary), *_bytes_of(proxy, stream))
+    count = bench.effort.counted
+    return Traffic(workload, bench.logits, *_bytes_of(proxy, unary, count), *_bytes_of(proxy, stream, count))
 
 
-def _bytes_of(proxy: TcpProxy, call: Callable[[], object]) -> tuple[float, float]:
+def _bytes_of(proxy: TcpProxy, call: Callable[[], object], count: int) -> tuple[float, float]:
     """Return how many bytes a call sends and gets; the first one, which introduces headers, does not count."""
     call()
     sent, got = proxy.bytes_to_server, proxy.bytes_to_client
-    for _ in range(CLICKS):
+    for _ in range(count):
         call()
-    return (proxy.bytes_to_server - sent) / CLICKS, (proxy.bytes_to_client - got) / CLICKS
+    return (proxy.bytes_to_server - sent) / count, (proxy.bytes_to_client - got) / count

@@ -54,9 +54,15 @@ def open_site(*options: str, log: Path) -> Iterator[Site]:
             yield Site(server, AdminServiceStub(admin), admin, channel)
 
 
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """A server with the GrabCut model."""
+    yield from open_site(log=tmp_path_factory.mktemp("site") / "log")
+
+
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    """A server of its own with the GrabCut model."""
+def own_site(tmp_path: Path) -> Iterator[Site]:
+    """Such a server for a single test."""
     yield from open_site(log=tmp_path / "log")
 
 
@@ -119,7 +125,8 @@ def test_nothing_to_flush_is_a_mistake(site: Site) -> None:
     assert (failure.reason, failure.fields) == ("INVALID_FIELD", ("embeddings",))
 
 
-def test_draining_waits_for_calls_and_leaves_the_process_running(site: Site, photo: bytes) -> None:
+def test_draining_waits_for_calls_and_leaves_the_process_running(own_site: Site, photo: bytes) -> None:
+    site = own_site
     failure = failure_of(lambda: site.admin.Drain(DrainRequest(timeout=Duration(seconds=-1))))
     assert (failure.reason, failure.fields) == ("INVALID_FIELD", ("timeout",))
     health = raw(site.channel, "/grpc.health.v1.Health/Check")

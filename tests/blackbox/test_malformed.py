@@ -2,9 +2,9 @@
 
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import grpc
-import pytest
 
 from segrpc.v1.refine_pb2 import ImageChunk, UploadHeader
 from segrpc.v1.segmentation_service_pb2 import EncodeImageRequest, SegmentRequest, UploadImageRequest
@@ -135,11 +135,13 @@ def send_malformed(channel: grpc.Channel, photo: bytes, count: int, seed: int) -
             assert code in EXPECTED, (i, code, method, message[:200])
 
 
-def test_malformed_requests(tmp_path_factory: pytest.TempPathFactory, photo: bytes) -> None:
-    log = tmp_path_factory.mktemp("malformed") / "log"
+def test_malformed_requests(tmp_path: Path, photo: bytes) -> None:
+    config, log = tmp_path / "config.toml", tmp_path / "log"
+    # Requests that happen to be right need not take long.
+    config.write_text('[[models]]\nname = "grabcut"\nmodel_params = { iterations = 1 }\n')
     # Caches of a few MiB are full after the first round, so that what grows later is a leak.
     small = ["--image-store-bytes", "4MiB", "--embedding-cache-bytes", "4MiB", "--log-level", "warning"]
-    with ServerProcess(*small, log=log) as server, connect(server) as channel:
+    with ServerProcess("--config", str(config), *small, log=log) as server, connect(server) as channel:
         send_malformed(channel, photo, COUNT // 2, SEED)
         before = server.resident_bytes()
         send_malformed(channel, photo, COUNT, SEED + 1)

@@ -30,10 +30,15 @@ class Hub:
     announced: str
 
 
+@pytest.fixture(scope="module")
+def content(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A checkpoint of SAM 2.1 tiny."""
+    return write_checkpoint(TINY.name, tmp_path_factory.mktemp("content")).read_bytes()
+
+
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Hub]:
+def hub(content: bytes) -> Iterator[Hub]:
     """A hub with a checkpoint of SAM 2.1 tiny, where the published one is."""
-    content = write_checkpoint(TINY.name, tmp_path).read_bytes()
     state = Hub("", content, hashlib.sha256(content).hexdigest())
 
     class Handler(http.server.BaseHTTPRequestHandler):

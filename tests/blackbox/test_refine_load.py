@@ -323,7 +323,7 @@ def test_rejections_wait_for_the_reader(models: Models) -> None:
 
 
 def test_masks_that_do_not_fit_are_let_go_at_once(models: Models) -> None:
-    count, before = 100, models.server.stats()
+    count, before = 200, models.server.stats()
     mask = Tensor(dtype=DATA_TYPE_FLOAT32, shape=[1, 1024, 1024], data=bytes(4 * MiB))
     wrong = [mask, Tensor(dtype=mask.dtype, shape=[2, 1024, 1024], data=mask.data)]
     config = RefineConfig(image=Image(data=PHOTOS[0]), model="gated", edit_policy=EDIT_POLICY_EVERY_EDIT)
@@ -341,7 +341,8 @@ def test_masks_that_do_not_fit_are_let_go_at_once(models: Models) -> None:
         for i in range(count):
             (violation,) = stream.rejected().violations
             assert violation.field == ("edit.set_mask", "edit.set_mask.data")[i % 2]
-        assert models.server.peak_bytes() < peak + 128 * MiB
+        # A third of what came. How much gRPC takes ahead grows with the delay of a machine that has much to do.
+        assert models.server.peak_bytes() < peak + 256 * MiB
         stream.finish()
         assert stream.rest() == []
     models.server.settle(before)

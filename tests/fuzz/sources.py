@@ -6,7 +6,8 @@
 from pathlib import Path
 
 from segrpc.service.images.decode import ImageLimits, format_of
-from segrpc.service.images.fetch import LookUps, fetch
+from segrpc.service.images.fetch import fetch
+from segrpc.service.images.look_ups import LookUps
 from segrpc.service.images.sources import SourcePolicy, read_source, read_uri
 from tests.fuzz.refusals import refusals
 

@@ -10,21 +10,27 @@ from sam2.build_sam import build_sam2
 from segrpc.client import SegmentationClient
 from segrpc.service.models.sam2.catalog import VARIANTS
 from tests.checkpoints import write_checkpoint
-from tests.parity.reference import THREADS, Reference
+from tests.parity.reference import THREADS, Memory, PatientReference
 from tests.server_process import ServerProcess
 
 
 class Pair:
     """The reference in this process and a client of a server with the same weights."""
 
-    def __init__(self, reference: Reference, client: SegmentationClient, checkpoint: Path) -> None:
+    def __init__(self, reference: PatientReference, client: SegmentationClient, checkpoint: Path) -> None:
         self.reference = reference
         self.client = client
         self.checkpoint = checkpoint
 
 
+@pytest.fixture(scope="session")
+def memory() -> Memory:
+    """What references made of images, for both modules: they look at the same ones."""
+    return Memory()
+
+
 @pytest.fixture(scope="module")
-def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Pair]]:
+def make_pair(tmp_path_factory: pytest.TempPathFactory, memory: Memory) -> Iterator[Callable[..., Pair]]:
     """Make pairs of a model name; one server at a time is kept, because the large ones fill the memory."""
     torch.set_num_threads(THREADS)
     open_now: list[tuple[ServerProcess, SegmentationClient, Path]] = []
@@ -45,7 +51,8 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
         client = SegmentationClient(server.target, timeout=240)
         open_now.append((server, client, checkpoint))
         model = build_sam2(VARIANTS[name].config, str(checkpoint), device="cpu")
-        return Pair(Reference(model), client, checkpoint)
+        memory.share(model)
+        return Pair(PatientReference(model), client, checkpoint)
 
     yield make
     close()

@@ -1,6 +1,7 @@
 """The reference: ``SAM2ImagePredictor`` and pycocotools, asked for one prompt at a time."""
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -61,3 +62,53 @@ class Reference:
         )
         counts = [coco.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"] for mask in masks]
         return Answer(counts, scores, logits)
+
+
+class PatientReference(Reference):
+    """A reference that is asked the same about an image again and again, and computes each answer once."""
+
+    _answers: dict[tuple[Prompt, bool, bytes | None], Answer]
+
+    def set_image(self, pixels: npt.NDArray[np.uint8]) -> None:
+        """See `Reference`."""
+        super().set_image(pixels)
+        self._answers = {}
+
+    def predict(self, prompt: Prompt, multimask: bool, mask_input: npt.NDArray[np.float32] | None = None) -> Answer:
+        """See `Reference`."""
+        question = prompt, multimask, None if mask_input is None else mask_input.tobytes()
+        if question not in self._answers:
+            self._answers[question] = super().predict(prompt, multimask, mask_input)
+        return self._answers[question]
+
+
+@dataclass
+class Memory:
+    """Has networks with the same weights encode an image once: that takes most of the reference's time.
+
+    What they do after the encoding may differ, as it does with the contrast of `tests.checkpoints`.
+    """
+
+    _encoded: dict[tuple[str, str], Any] = field(default_factory=dict)
+
+    def share(self, network: Any) -> None:
+        """Have a network look up what it, or another one, made of an image."""
+        compute, weights = network.forward_image, _digest_of_encoder(network)
+
+        def recall(image: torch.Tensor) -> Any:
+            key = weights, hashlib.sha256(image.numpy().tobytes()).hexdigest()
+            if key not in self._encoded:
+                self._encoded[key] = compute(image)
+            return self._encoded[key]
+
+        network.forward_image = recall
+
+
+def _digest_of_encoder(network: Any) -> str:
+    """Tell networks apart by all weights but those that only have to do with the logits' size."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        if "output_hypernetworks_mlps" not in name:
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

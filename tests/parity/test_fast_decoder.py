@@ -24,7 +24,7 @@ from segrpc.service.models.sam2.model import Sam2
 from segrpc.service.schemas import ModelDeploymentConfig, NDArrayFloat
 from tests.checkpoints import write_checkpoint
 from tests.parity.conftest import Pair
-from tests.parity.reference import THREADS, Answer, Prompt, Reference
+from tests.parity.reference import THREADS, Answer, Memory, Prompt, Reference
 from tests.parity.test_sam2 import IMAGES, ask, prompts_for
 from tests.photos import load_image
 
@@ -72,8 +72,10 @@ class Both:
         fine, medium = features["high_res_feats"]
         return features["image_embed"], fine, medium
 
-    def compare(self, decode: Decode, prompt: Prompt, multimask: bool, mask: Float32Array | None = None) -> Answer:
-        """Hold what `decode` says to the reference's answer, which is returned."""
+    def compare(
+        self, decode: Decode, prompt: Prompt, multimask: bool, mask: Float32Array | None = None
+    ) -> tuple[Decoded, Answer]:
+        """Hold what `decode` says to the reference's answer; return both."""
         answer = self.reference.predict(prompt, multimask, mask)
         decoded = decode(prompt, multimask, mask)
         scale = max(1.0, float(np.abs(decoded.logits).max()))
@@ -90,7 +92,7 @@ class Both:
         assert differences[0] < 1e-5
         assert differences[1] < 1e-4
         assert differences[2] < 1e-4
-        return answer
+        return decoded, answer
 
     def compare_masks(self, answer: Answer, masks: list[bytes], shape: tuple[int, int]) -> None:
         """Hold masks, as counts, to those of the reference."""
@@ -122,13 +124,15 @@ def request_for(embedding: Embedding, prompt: Prompt, multimask: bool, mask: Flo
 class Tiny:
     """SAM 2.1 tiny as the service serves it, beside the reference."""
 
-    def __init__(self, folder: Path, contrast: float, tally: Tally) -> None:
+    def __init__(self, folder: Path, contrast: float, tally: Tally, memory: Memory) -> None:
         torch.set_num_threads(THREADS)
         checkpoint = write_checkpoint("sam2.1-hiera-tiny", folder, contrast=contrast)
         params = {"checkpoint": str(checkpoint), "device": "cpu"}
         self.model = Sam2(ModelDeploymentConfig(name="sam2.1-hiera-tiny", model_params=params))
         self.model.load_model()
-        self.both = Both(build_sam2(VARIANTS["sam2.1-hiera-tiny"].config, str(checkpoint), device="cpu"), tally)
+        network = build_sam2(VARIANTS["sam2.1-hiera-tiny"].config, str(checkpoint), device="cpu")
+        memory.share(network)
+        self.both = Both(network, tally)
         self.embedding = Embedding(1, 1, None, 0)
 
     def set_image(self, image: Image.Image) -> None:
@@ -137,10 +141,11 @@ class Tiny:
         self.both.reference.set_image(pixels)
         self.embedding = self.model.embed(pixels)
 
-    def take_over(self) -> None:
-        """Take the reference's embedding instead."""
+    def take_over(self, image: Image.Image) -> None:
+        """Have the reference encode an image, and take its embedding."""
+        self.both.reference.set_image(np.array(image.convert("RGB")))
         coarse, *fine = (NDArrayFloat.from_numpy(one.numpy()) for one in self.both.maps())
-        self.embedding = self.model.import_embedding(coarse, fine, self.embedding.width, self.embedding.height)
+        self.embedding = self.model.import_embedding(coarse, fine, *image.size)
 
     def decode(self, prompt: Prompt, multimask: bool, mask: Float32Array | None = None) -> Decoded:
         return self.model.decode([request_for(self.embedding, prompt, multimask, mask)])[0]
@@ -152,8 +157,8 @@ class Tiny:
     def check(self, prompt: Prompt, multimask: bool, mask: Float32Array | None = None) -> Answer:
         """Compare all that comes of a prompt."""
         width, height = self.embedding.width, self.embedding.height
-        answer = self.both.compare(self.decode, prompt, multimask, mask)
-        masks = self.model.to_masks(self.decode(prompt, multimask, mask), width, height)
+        decoded, answer = self.both.compare(self.decode, prompt, multimask, mask)
+        masks = self.model.to_masks(decoded, width, height)
         self.both.compare_masks(answer, [one.counts for one in masks], (height, width))
         return answer
 
@@ -163,9 +168,9 @@ STABLE, UNSTABLE = 150.0, 1.0
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory, tally: Tally) -> Callable[[float], Tiny]:
+def models(tmp_path_factory: pytest.TempPathFactory, tally: Tally, memory: Memory) -> Callable[[float], Tiny]:
     """Return a model by the contrast of its logits."""
-    return cache(lambda contrast: Tiny(tmp_path_factory.mktemp("tiny"), contrast, tally))
+    return cache(lambda contrast: Tiny(tmp_path_factory.mktemp("tiny"), contrast, tally, memory))
 
 
 @pytest.fixture(
@@ -186,8 +191,7 @@ def on_photo(request: pytest.FixtureRequest, models: Callable[[float], Tiny]) ->
 def tiny(request: pytest.FixtureRequest, models: Callable[[float], Tiny]) -> Tiny:
     """A model with the reference's embedding of a photo."""
     found = models(request.param)
-    found.set_image(load_image("coffee"))
-    found.take_over()
+    found.take_over(load_image("coffee"))
     return found
 
 
@@ -264,7 +268,7 @@ def test_prompts_of_one_call_do_not_influence_one_another(tiny: Tiny) -> None:
 
 def test_the_service_decodes_so(make_pair: Callable[..., Pair]) -> None:
     pair = make_pair("sam2.1-hiera-tiny", contrast=STABLE, decoder="fast")
-    image = load_image("raccoon")
+    image = load_image("coffee")
     pair.reference.set_image(np.array(image))
     encoded = pair.client.encode(image, return_image_embedding=True)
     prompts = list(prompts_for(*image.size).values())
@@ -301,6 +305,6 @@ def test_every_size_agrees(name: str, tally: Tally) -> None:
             return Decoded(logits[0].numpy(), scores[0].numpy(), float(objects))
 
         for prompt in prompts_for(*image.size).values():
-            first = both.compare(decode, prompt, True)
+            _, first = both.compare(decode, prompt, True)
             both.compare(decode, prompt, False)
             both.compare(decode, prompt, False, first.logits[1:2])

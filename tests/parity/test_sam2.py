@@ -1,6 +1,8 @@
 """Masks over gRPC are the reference's, bit for bit: float32 on the CPU, one prompt at a time in the reference."""
 
+import io
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -77,67 +79,77 @@ def pair(make_pair: Callable[..., Pair]) -> Pair:
     return make_pair("sam2.1-hiera-tiny", contrast=150.0)
 
 
+@dataclass(frozen=True)
+class Photo:
+    """A photo as a PNG file, and its width and height."""
+
+    file: bytes
+    size: tuple[int, int]
+
+
 @pytest.fixture(scope="module", params=IMAGES, ids=list(IMAGES))
-def photo(request: pytest.FixtureRequest, pair: Pair) -> Image.Image:
+def photo(request: pytest.FixtureRequest, pair: Pair) -> Photo:
     """A photo at one of the sizes, set in the reference."""
     width, height, mode = IMAGES[request.param]
     image = load_image("chelsea").resize((width, height), Image.Resampling.BICUBIC).convert(mode)
     pair.reference.set_image(np.array(image.convert("RGB")))
-    return image
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=1)
+    return Photo(file.getvalue(), image.size)
 
 
 @pytest.mark.parametrize("multimask", [True, False], ids=["multimask", "single"])
 @pytest.mark.parametrize("kind", list(prompts_for(1, 1)))
-def test_each_kind_of_prompt(pair: Pair, photo: Image.Image, kind: str, multimask: bool) -> None:
+def test_each_kind_of_prompt(pair: Pair, photo: Photo, kind: str, multimask: bool) -> None:
     prompts = [prompts_for(*photo.size)[kind]]
-    assert_same(pair, ask(pair, photo, prompts, multimask=multimask), prompts, multimask=multimask)
+    assert_same(pair, ask(pair, photo.file, prompts, multimask=multimask), prompts, multimask=multimask)
 
 
 @pytest.mark.parametrize("kinds", [("one point", "one point"), tuple(prompts_for(1, 1))], ids=["equal", "ragged"])
-def test_several_prompts_in_one_call(pair: Pair, photo: Image.Image, kinds: tuple[str, ...]) -> None:
+def test_several_prompts_in_one_call(pair: Pair, photo: Photo, kinds: tuple[str, ...]) -> None:
     prompts = [prompts_for(*photo.size)[kind] for kind in kinds]
-    assert_same(pair, ask(pair, photo, prompts, multimask=True), prompts, multimask=True)
+    assert_same(pair, ask(pair, photo.file, prompts, multimask=True), prompts, multimask=True)
 
 
-def test_refinement_with_the_logits_of_an_earlier_mask(pair: Pair, photo: Image.Image) -> None:
+def test_refinement_with_the_logits_of_an_earlier_mask(pair: Pair, photo: Photo) -> None:
     first = prompts_for(*photo.size)["one point"]
-    logits = ask(pair, photo, [first], multimask=True).logits
+    logits = ask(pair, photo.file, [first], multimask=True).logits
     assert logits is not None
     for kind in ("negative points", "box and points"):
         prompts = [prompts_for(*photo.size)[kind]]
         chosen = logits[:, 1:2]
-        result = ask(pair, photo, prompts, multimask=False, mask_input=chosen)
+        result = ask(pair, photo.file, prompts, multimask=False, mask_input=chosen)
         assert_same(pair, result, prompts, multimask=False, mask_inputs=chosen)
 
 
-def test_refinement_of_several_prompts(pair: Pair, photo: Image.Image) -> None:
+def test_refinement_of_several_prompts(pair: Pair, photo: Photo) -> None:
     prompts = [prompts_for(*photo.size)[kind] for kind in ("one point", "box")]
-    logits = ask(pair, photo, prompts, multimask=True).logits
+    logits = ask(pair, photo.file, prompts, multimask=True).logits
     assert logits is not None
     chosen = logits[:, :1]
-    result = ask(pair, photo, prompts, multimask=False, mask_input=chosen)
+    result = ask(pair, photo.file, prompts, multimask=False, mask_input=chosen)
     assert_same(pair, result, prompts, multimask=False, mask_inputs=chosen)
 
 
-def test_a_mask_alone_is_a_prompt(pair: Pair, photo: Image.Image) -> None:
-    logits = ask(pair, photo, [prompts_for(*photo.size)["box"]], multimask=True).logits
+def test_a_mask_alone_is_a_prompt(pair: Pair, photo: Photo) -> None:
+    logits = ask(pair, photo.file, [prompts_for(*photo.size)["box"]], multimask=True).logits
     assert logits is not None
     chosen = logits[0, 2:3]
-    result = pair.client.segment(photo, mask_input=chosen, return_logits=True, multimask_output=False)
+    result = pair.client.segment(photo.file, mask_input=chosen, return_logits=True, multimask_output=False)
     assert_same(pair, result, [Prompt()], multimask=False, mask_inputs=chosen[None])
 
 
-def test_an_embedding_that_went_to_the_client_and_back(pair: Pair, photo: Image.Image) -> None:
+def test_an_embedding_that_went_to_the_client_and_back(pair: Pair, photo: Photo) -> None:
     prompts = list(prompts_for(*photo.size).values())
-    encoded = pair.client.encode(photo, return_image_embedding=True)
+    encoded = pair.client.encode(photo.file, return_image_embedding=True)
     assert encoded.embedding is not None
-    result = ask(pair, photo, prompts, multimask=True, embedding=encoded.embedding)
+    result = ask(pair, photo.file, prompts, multimask=True, embedding=encoded.embedding)
     assert result.timing.embedding_cached
     assert_same(pair, result, prompts, multimask=True)
 
 
-def test_the_clamp_is_exercised(pair: Pair, photo: Image.Image) -> None:
-    logits = ask(pair, photo, [prompts_for(*photo.size)["one point"]], multimask=True).logits
+def test_the_clamp_is_exercised(pair: Pair, photo: Photo) -> None:
+    logits = ask(pair, photo.file, [prompts_for(*photo.size)["one point"]], multimask=True).logits
     assert logits is not None
     assert np.abs(logits).max() == 32.0
 

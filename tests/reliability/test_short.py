@@ -47,7 +47,9 @@ def test_chaos(tmp_path: Path) -> None:
             run = chaos.Chaos(server, proxy, SCALES["light"], load, record)
             outcome = await run.run(Effort(operations=16), chaos.after_each(30, record, times=6))
             assert outcome.failed == []
-            assert outcome.figures["sessions compared"] + record.refusals["open: OVERLOADED"] == 16
+            # What is opened while its worker is killed or its connection cut may be refused for that, too.
+            refused = sum(count for what, count in record.refusals.items() if what.startswith("open: "))
+            assert outcome.figures["sessions compared"] + refused == 16
             assert run.kills
             assert run.cuts
             assert "bug in" not in server.log_text()

@@ -18,7 +18,8 @@ from segrpc.service.errors import (
     UriNotAllowedError,
 )
 from segrpc.service.images.decode import ImageLimits
-from segrpc.service.images.fetch import LookUps, fetch, resolve_host
+from segrpc.service.images.fetch import fetch
+from segrpc.service.images.look_ups import LookUps, resolve_host
 from segrpc.service.images.policy import SourcePolicy
 
 BODY = bytes(range(256)) * 300

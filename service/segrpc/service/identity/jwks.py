@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Protocol
 
-import httpx
 import jwt
 
 from segrpc.service.errors import CredentialInvalidError, IdentityUnavailableError
@@ -145,7 +144,7 @@ class JwksUrl:
         self._tried = self._clock()
         try:
             self._set = KeySet(await asyncio.to_thread(self._fetch, self._url))
-        except (httpx.HTTPError, OSError, ValueError) as error:
+        except (OSError, ValueError) as error:
             self._failed = True
             log.error("cannot read the keys at %s; those that were read before stay: %s", self._url, error)
         else:
@@ -156,19 +155,24 @@ def fetch_text(url: str) -> bytes:
     """Get the text of a URL, without following redirects.
 
     Raises:
-        httpx.HTTPError: If it does not answer, or not with success.
+        OSError: If it does not answer, or not with success.
         ValueError: If it is too long.
     """
+    import httpx  # here: it takes longer to import than gRPC, and most servers have no such URL
+
     # A proxy of the environment has no business on the loopback interface, the only one where plain http is allowed.
     is_https = url.startswith("https:")
-    with httpx.stream("GET", url, timeout=FETCH_TIMEOUT, trust_env=is_https) as response:
-        response.raise_for_status()
-        text = b""
-        for part in response.iter_bytes():
-            text += part
-            if len(text) > MAX_BYTES:
-                raise ValueError(f"is longer than {MAX_BYTES} bytes")
-        return text
+    try:
+        with httpx.stream("GET", url, timeout=FETCH_TIMEOUT, trust_env=is_https) as response:
+            response.raise_for_status()
+            text = b""
+            for part in response.iter_bytes():
+                text += part
+                if len(text) > MAX_BYTES:
+                    raise ValueError(f"is longer than {MAX_BYTES} bytes")
+    except httpx.HTTPError as error:
+        raise OSError(str(error)) from error
+    return text
 
 
 def _published(key: jwt.PyJWK | None) -> jwt.PyJWK:

@@ -6,7 +6,7 @@ from typing import Final
 
 from segrpc.service.errors import InvalidFieldError
 from segrpc.service.images.decode import ImageHeader, ImageLimits, read_header
-from segrpc.service.images.fetch import LookUps
+from segrpc.service.images.look_ups import LookUps
 from segrpc.service.images.sources import SourcePolicy, read_uri
 from segrpc.service.images.store import ImageStore
 

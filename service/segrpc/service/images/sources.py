@@ -11,7 +11,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 
 from segrpc.service.errors import ImageFetchError, InvalidFieldError, UriNotAllowedError
 from segrpc.service.images.decode import DEFAULT_LIMITS, ImageLimits, check_size, format_of
-from segrpc.service.images.fetch import LookUps, fetch
+from segrpc.service.images.look_ups import LookUps
 from segrpc.service.images.policy import DEFAULT_POLICY, SourcePolicy
 
 __all__ = ["SourcePolicy", "read_source", "read_uri"]
@@ -59,7 +59,7 @@ def read_uri(
         uri: A ``data:``, ``file:``, ``http:`` or ``https:`` URL; nothing else.
         policy: What may be read.
         limits: How large the file may be.
-        look_ups: See `fetch`.
+        look_ups: See `segrpc.service.images.fetch.fetch`.
 
     Raises:
         InvalidFieldError: If it is malformed.
@@ -75,6 +75,9 @@ def read_uri(
         case "file":
             return _read_file(_path_of(uri), policy, limits)
         case "http" | "https":
+            # Imported here: httpx takes longer to import than gRPC, and workers and most servers fetch nothing.
+            from segrpc.service.images.fetch import fetch
+
             return fetch(uri, policy, limits, look_ups)
         case _:
             raise InvalidFieldError.of("uri", f"{_shown(uri)} must begin with data:, file:, http: or https:")

@@ -28,6 +28,7 @@ T = TypeVar("T")
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"  # generic for type checkers only
 
 OFFLOAD_BYTES = 256 * 1024  # larger messages are parsed and serialised in a thread: the loop must stay free
+TRAVEL_SECONDS = 0.5  # that a call may take to reach us
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _OWN_SERVICES = "/segrpc."
@@ -192,8 +193,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         finally:
             if own:
                 self._end()
-            # A stream whose time is over looks like one that was half-closed.
-            if record.status in ("CANCELLED", "OK") and context.time_remaining() == 0:
+            if ran_out_of_time(record, context.time_remaining(), streams=counted is Resource.STREAMS):
                 record.status = "DEADLINE_EXCEEDED"
             record.end()
 
@@ -237,6 +237,23 @@ class _Call:
         if "request_id" in request.DESCRIPTOR.fields_by_name:
             request.request_id = request.request_id or uuid.uuid4().hex
             self.record.request_id = request.request_id[:128]
+
+
+def ran_out_of_time(record: Call, remaining: float | None, *, streams: bool) -> bool:
+    """Tell whether a call ended because its time was over, which looks like something else.
+
+    A client's clock runs out before ours, by as long as the call took to come: then it cancels.
+
+    Args:
+        record: What is known of the call.
+        remaining: Seconds until its deadline, by our clock; None without a deadline.
+        streams: Whether the client sends a stream of messages, of which one says that it is finished.
+    """
+    if remaining is None or record.status not in ("CANCELLED", "OK"):
+        return False
+    # A stream that was cut off looks like one that was half-closed.
+    cut_off = record.status == "CANCELLED" or (streams and not record.finished)
+    return remaining <= (TRAVEL_SECONDS if cut_off else 0)
 
 
 def _parser(method: str, parse: Any) -> Callable[[bytes], Any]:

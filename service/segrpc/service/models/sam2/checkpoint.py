@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 
 # Imported for its side effect as well: sam2 registers its configurations with hydra.
 from sam2.build_sam import build_sam2
 from sam2.modeling.sam2_base import SAM2Base
+from torch.overrides import TorchFunctionMode
 
 from segrpc.service.errors import ModelLoadError
 from segrpc.service.models.sam2.catalog import VARIANTS, Variant
@@ -61,6 +62,20 @@ def identify(state: StateDict) -> Variant | None:
     return None
 
 
+class _Unfilled(TorchFunctionMode):
+    """Leaves new weights as they come from memory, for a network that gets all of its weights from a checkpoint.
+
+    Random ones, which would be overwritten at once, take most of the time that building takes.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Have the functions of `torch.nn.init` do nothing."""
+        given = kwargs or {}
+        return given["tensor"] if getattr(func, "__module__", "") == "torch.nn.init" else func(*args, **given)
+
+
 def build_model(state: StateDict, config: str, device: torch.device | str, source: str) -> SAM2Base:
     """Build the network of a configuration and give it the weights.
 
@@ -74,7 +89,8 @@ def build_model(state: StateDict, config: str, device: torch.device | str, sourc
         ModelLoadError: If there is no such configuration, or the weights are not those of its network.
     """
     try:
-        model: SAM2Base = build_sam2(config, ckpt_path=None, device="cpu")
+        with _Unfilled():
+            model: SAM2Base = build_sam2(config, ckpt_path=None, device="cpu")
     except Exception as error:
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelLoadError(f"the SAM 2 configuration {config!r} cannot be built: {cause}") from error
