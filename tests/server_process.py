@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -43,7 +43,9 @@ class ServerProcess:
     Args:
         *arguments: Options of ``serve``.
         log: The file that standard error goes to.
-        environment: Variables to add. Models run on the CPU if neither it nor this process's says otherwise.
+        environment: Variables to add.
+
+    Without ``--device`` it sees no GPU: what is compared bit for bit is so on a CPU.
     """
 
     def __init__(self, *arguments: str, log: Path, environment: Mapping[str, str] | None = None) -> None:
@@ -54,14 +56,14 @@ class ServerProcess:
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,
-                # What is compared bit for bit is so on a CPU; also where there is a GPU.
-                env={"SEGRPC_DEVICE": "cpu", **os.environ, **(environment or {})},
+                env={**os.environ, **_gpus(arguments), **(environment or {})},
             )
         assert self.process.stdout is not None
         # The line comes, or the end of the file because the process ended: either way this returns.
         self.greeting = self.process.stdout.readline().strip()
         if " on " not in self.greeting:
             self.process.wait()
+            self.process.stdout.close()
             raise RuntimeError(f"the server did not start: {self.greeting}\n{self.log_text()}")
         self.target = self.greeting.rpartition(" ")[2]
 
@@ -145,6 +147,10 @@ class ServerProcess:
                 self.process.wait()
         assert self.process.stdout is not None
         self.process.stdout.close()
+
+
+def _gpus(arguments: Sequence[str]) -> dict[str, str]:
+    return {} if "--device" in arguments else {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def _resident_bytes(pid: int) -> int:
