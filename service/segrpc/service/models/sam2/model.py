@@ -180,7 +180,7 @@ class Sam2(PromptableModel):
             else:
                 del self._model.image_encoder  # its weights were copied: 0.1 to 0.9 GB
         if self._device.type == "cuda":
-            # For each new shape cuDNN's attention makes a plan, which takes 0.1 s and more; the others are as fast.
+            # For each new shape cuDNN's attention makes a plan, which takes 0.1 s and more; the others take about as long.
             torch.backends.cuda.enable_cudnn_sdp(False)
             self._encode_stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             self._decode_stream = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
