@@ -180,7 +180,8 @@ class Sam2(PromptableModel):
             else:
                 del self._model.image_encoder  # its weights were copied: 0.1 to 0.9 GB
         if self._device.type == "cuda":
-            # For each new shape cuDNN's attention makes a plan, which takes 0.1 s and more; the others take about as long.
+            # For each new shape cuDNN's attention makes a plan, which takes 0.1 s and more; the other kernels
+            # take about as long to run.
             torch.backends.cuda.enable_cudnn_sdp(False)
             self._encode_stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             self._decode_stream = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
