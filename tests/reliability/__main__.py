@@ -56,9 +56,10 @@ async def run_soak(options: argparse.Namespace, folder: Path) -> Outcome:
 
 async def run_overload(options: argparse.Namespace, folder: Path) -> Outcome:
     """See `tests.reliability.overload`."""
+    load = overload.Load(rounds=max(1, round(options.seconds / overload.ROUND_SECONDS)))
     with serve(options.model, folder) as server:
-        run = overload.Overload(server, SCALES[options.model], overload.Load())
-        outcome = await run.run(lambda: Effort(seconds=options.seconds / 3))
+        run = overload.Overload(server, SCALES[options.model], load)
+        outcome = await run.run(lambda: Effort(seconds=options.seconds / load.rounds / 3))
         plot.overload(run.rates, options.output / "overload.png")
         return outcome
 

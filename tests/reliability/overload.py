@@ -1,7 +1,8 @@
 """More calls than a server can answer: it must go on answering about as many as it can.
 
 First callers that wait for each answer measure the capacity. Then a crowd of such callers asks at once. Then calls
-arrive at twice the capacity, whatever becomes of the earlier ones, each with a deadline.
+arrive at twice the capacity, whatever becomes of the earlier ones, each with a deadline. A long run does so in rounds,
+so that a machine that becomes slower or quicker meanwhile does it to all three.
 """
 
 import asyncio
@@ -9,7 +10,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from segrpc.client import AsyncSegmentationClient, DeadlineExceededError, SegmentationError
 from tests.reliability.record import Effort, Outcome
@@ -19,6 +20,7 @@ from tests.server_process import ServerProcess
 REFUSALS = ("OVERLOADED", "OUT_OF_MEMORY")
 IN_TIME, REFUSED, TOO_LATE = "in time", "refused", "too late"
 LEAST_GOODPUT = 0.9  # of the capacity
+ROUND_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Load:
         factor: Of the capacity, at which calls arrive.
         deadline: Of calls that arrive at that rate, in seconds.
         clients: How many connections they share.
+        rounds: How often capacity, crowd and flood take turns.
     """
 
     callers: int = 4
@@ -38,6 +41,33 @@ class Load:
     factor: float = 2.0
     deadline: float = 1.0
     clients: int = 4
+    rounds: int = 1
+
+
+@dataclass
+class Tally:
+    """What came of calls under one kind of load, in all rounds.
+
+    Attributes:
+        found: How many calls came to what.
+        seconds: How long they took.
+        in_time: Per second, of each round.
+    """
+
+    found: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+    in_time: list[float] = field(default_factory=list)
+
+    def add(self, found: Counter[str], seconds: float) -> None:
+        """Add a round."""
+        self.found += found
+        self.seconds += seconds
+        self.in_time.append(found[IN_TIME] / seconds)
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Calls per second by what came of them."""
+        return {outcome: self.found[outcome] / self.seconds for outcome in (IN_TIME, REFUSED, TOO_LATE)}
 
 
 class Overload:
@@ -49,32 +79,38 @@ class Overload:
         load: How much.
 
     Attributes:
-        rates: Calls per second by what came of them, for each kind of load; the capacity first.
+        tallies: For each kind of load; the capacity first.
     """
 
     def __init__(self, server: ServerProcess, scale: Scale, load: Load) -> None:
-        self.rates: dict[str, dict[str, float]] = {}
+        self.tallies = {name: Tally() for name in ("capacity", "crowd", "flood")}
         self._server, self._load = server, load
         self._file = image(0, scale)
 
+    @property
+    def rates(self) -> dict[str, dict[str, float]]:
+        """Calls per second by what came of them, for each kind of load; the capacity first."""
+        return {name: tally.rates for name, tally in self.tallies.items()}
+
     async def run(self, make_effort: Callable[[], Effort]) -> Outcome:
-        """Measure under each kind of load, with an effort each.
+        """Measure under each kind of load, with an effort each in each round.
 
         Raises:
             SegmentationError: If a call failed, was no deliberate refusal and had time.
         """
         load = self._load
+        capacity, crowd, flood = self.tallies.values()
         async with connected(load.clients, self._server.target) as clients:
             for client in clients:
                 await client.segment(self._file, points=[(20, 20)])  # from now on the image travels as its digest
-            self.rates["capacity"] = await self._callers(clients, load.callers, make_effort())
-            self.rates["crowd"] = await self._callers(clients, load.crowd, make_effort())
-            rate = load.factor * self.rates["capacity"][IN_TIME]
-            self.rates["flood"] = await self._flood(clients, rate, make_effort())
+            for _ in range(load.rounds):
+                await self._callers(capacity, clients, load.callers, make_effort())
+                await self._callers(crowd, clients, load.crowd, make_effort())
+                await self._flood(flood, clients, load.factor * capacity.in_time[-1], make_effort())
         await asyncio.to_thread(self._server.wait_for, lambda stats: not stats["engine"]["pending"])
         return self._outcome()
 
-    async def _callers(self, clients: list[AsyncSegmentationClient], count: int, effort: Effort) -> dict[str, float]:
+    async def _callers(self, tally: Tally, clients: list[AsyncSegmentationClient], count: int, effort: Effort) -> None:
         """Ask again and again, each caller when the last call was answered."""
         found: Counter[str] = Counter()
 
@@ -87,9 +123,9 @@ class Overload:
                 for client in itertools.islice(itertools.cycle(clients), count):
                     group.create_task(caller(client))
 
-        return await _rates(found, callers())
+        tally.add(found, await _seconds(callers()))
 
-    async def _flood(self, clients: list[AsyncSegmentationClient], rate: float, effort: Effort) -> dict[str, float]:
+    async def _flood(self, tally: Tally, clients: list[AsyncSegmentationClient], rate: float, effort: Effort) -> None:
         """Ask at a rate, in calls per second, without waiting for answers."""
         found: Counter[str] = Counter()
 
@@ -105,7 +141,7 @@ class Overload:
                     group.create_task(one(client))
                     await asyncio.sleep(max(0.0, start + (number + 1) / rate - time.monotonic()))
 
-        return await _rates(found, calls())
+        tally.add(found, await _seconds(calls()))
 
     async def _outcome_of(self, client: AsyncSegmentationClient, deadline: float) -> str:
         try:
@@ -119,14 +155,16 @@ class Overload:
         return IN_TIME
 
     def _outcome(self) -> Outcome:
-        capacity = self.rates["capacity"][IN_TIME]
-        goodput = {name: rate[IN_TIME] / capacity for name, rate in self.rates.items()}
+        capacity = self.tallies["capacity"]
+        goodput = {name: rates[IN_TIME] / capacity.rates[IN_TIME] for name, rates in self.rates.items()}
+        by_round = zip(self.tallies["flood"].in_time, capacity.in_time, strict=True)
         rounded = {
-            name: {outcome: round(value, 2) for outcome, value in rate.items()} for name, rate in self.rates.items()
+            name: {outcome: round(value, 2) for outcome, value in rates.items()} for name, rates in self.rates.items()
         }
         figures = {
             "calls per second": rounded,
             "goodput of the capacity": {name: round(value, 3) for name, value in goodput.items()},
+            "goodput of the flood by round": [round(flood / alone, 3) for flood, alone in by_round],
             "deadline of the flood, seconds": self._load.deadline,
         }
         claims = {
@@ -136,9 +174,8 @@ class Overload:
         return Outcome(figures, claims)
 
 
-async def _rates(found: Counter[str], work: Awaitable[None]) -> dict[str, float]:
-    """Do a work that counts outcomes; return them per second."""
+async def _seconds(work: Awaitable[None]) -> float:
+    """Do a work; return how long it took."""
     start = time.monotonic()
     await work
-    seconds = time.monotonic() - start
-    return {outcome: found[outcome] / seconds for outcome in (IN_TIME, REFUSED, TOO_LATE)}
+    return time.monotonic() - start

@@ -60,11 +60,12 @@ def test_chaos(tmp_path: Path) -> None:
 
 
 def test_overload(tmp_path: Path) -> None:
-    load = overload.Load(callers=2, crowd=16, clients=2)
+    load = overload.Load(callers=2, crowd=16, clients=2, rounds=2)
     with serve("light", tmp_path) as server:
         run = overload.Overload(server, SCALES["light"], load)
-        outcome = asyncio.run(run.run(lambda: Effort(operations=100)))
+        outcome = asyncio.run(run.run(lambda: Effort(operations=50)))
     assert set(outcome.figures["calls per second"]) == {"capacity", "crowd", "flood"}
+    assert len(outcome.figures["goodput of the flood by round"]) == 2
     # With a caller for each two jobs that may wait there is room for all; what a flood gets depends on time.
     for name in ("capacity", "crowd"):
         assert run.rates[name] == {"in time": run.rates[name]["in time"], "refused": 0.0, "too late": 0.0}

@@ -115,6 +115,7 @@ async def _serve_until_told(settings: Settings) -> None:
         max_pending_encodes=settings.max_pending_encodes,
         max_pending_decodes=settings.max_pending_decodes,
         principal_share=settings.principal_share,
+        hang_seconds=settings.hang_seconds,
         devices=settings.device_names(),
         log_level=settings.log_level.upper(),
         log_format=settings.log_format,

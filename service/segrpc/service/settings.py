@@ -171,6 +171,12 @@ class Settings(BaseSettings):
         gt=0,
         description="how long a stream may wait for its client: for the config, a chunk, an answer to be read",
     )
+    hang_seconds: Seconds = Field(
+        600.0,
+        ge=0,
+        description="after so long without an answer that it owes a worker process counts as stuck: the log is told "
+        "where its threads are, and another takes its place; more than the slowest image takes. 0: never",
+    )
     drain_seconds: Seconds = Field(30.0, ge=0, description="how long calls in progress may take after SIGTERM")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
     log_format: LogFormat = Field("text", description="text, or json: an object in each line")

@@ -26,6 +26,10 @@ class Gate:
         """Let the model, which waits, go on; the next time it waits again."""
         await asyncio.to_thread(self._proceed.write_text, "go\n")
 
+    def leave(self) -> None:
+        """Let nobody wait here any more but the model that does."""
+        self._started.unlink()
+
     async def open(self) -> None:
         """Let the model, which waits, go on, and never wait again."""
         self._started.rename(self._started.with_suffix(".over"))

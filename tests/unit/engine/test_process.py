@@ -86,6 +86,34 @@ async def test_work_that_ends_two_workers_is_given_up(engine: Engine, tmp_path: 
     assert len((await again).output.masks) == 1
 
 
+@pytest.mark.parametrize("stage", ["embed", "decode"])
+async def test_a_worker_that_is_stuck_is_replaced(
+    tmp_path: Path, stage: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async with running("process", tmp_path, "held", hang_seconds=2.0) as engine:
+        gate = Gate(tmp_path, stage)
+        asked = asyncio.create_task(ask(engine, A))
+        await gate.reached()
+        gate.leave()
+        answer = await asked
+        assert engine.stats().worker_restarts == 1
+        assert answer.output == (await ask(engine, A)).output
+    assert f"its thread '{'encode' if stage == 'embed' else 'decode'}' has given none for 2 s" in caplog.text
+    assert f"in {stage}\n" in capfd.readouterr().err  # a line of a traceback
+
+
+async def test_a_worker_that_is_never_done_with_loading(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(child, "_COMMAND", (sys.executable, "-c", "import signal; signal.pause()"))
+    monkeypatch.setattr(child, "LOAD_SECONDS", 0.5)
+    engine = create_engine("process", EngineOptions((ModelDeploymentConfig(name="held"),), hang_seconds=0.1))
+    with pytest.raises(ModelLoadError, match="while it loaded the models"):
+        await engine.start()
+    await engine.stop()
+    assert "has not loaded its models within 0.5 s" in caplog.text
+
+
 async def test_who_waits_for_a_worker_waits_no_longer_than_the_token(engine: Engine, tmp_path: Path) -> None:
     (tmp_path / "unloadable").touch()
     kill(engine)

@@ -255,6 +255,8 @@ class EngineOptions:
         max_pending_decodes: How many jobs may have prompts decoded or wait for it, on each device; more are refused.
         principal_share: The part of both that one owner may have, and of the embeddings when there is no room for all;
             above 0, at most 1.
+        hang_seconds: After so long without an answer that it owes a worker process is ended, and another started; it
+            may take ten minutes for loading the models even if this is less. 0: never.
         devices: Where to run, such as ``cuda:0``; each device gets its own share of the images. Empty: once, on the
             device that the models choose themselves.
         log_level: What worker processes log, as a level of `logging`.
@@ -268,6 +270,7 @@ class EngineOptions:
     max_pending_encodes: int = 64
     max_pending_decodes: int = 64
     principal_share: float = 0.5
+    hang_seconds: float = 600.0
     devices: tuple[str, ...] = ()
     log_level: str = "WARNING"
     log_format: LogFormat = "text"

@@ -13,13 +13,16 @@ from queue import SimpleQueue
 from typing import Any, Self
 
 from segrpc.service.engine.base import CancelToken, EngineOptions, SegmentResult, ServedModel
-from segrpc.service.engine.messages import Answer, Call, Cancel, Failed, Ready, Release, Start, Stop
+from segrpc.service.engine.messages import DUMP_SIGNAL, Answer, Call, Cancel, Failed, Ready, Release, Start, Stop
+from segrpc.service.engine.watchdog import LOOKS, Watchdog
 from segrpc.service.engine.wire import Connection
-from segrpc.service.engine.work import DecodeWork, EncodeWork, Holdings, Order, PredictWork, WorkerLost
+from segrpc.service.engine.work import DecodeWork, EncodeWork, Holdings, Order, PredictWork, WorkerLost, lane_of
 
 log = logging.getLogger("segrpc.engine")
 
 STOP_SECONDS = 10.0  # for unloading the models; then the process is killed
+LOAD_SECONDS = 600.0  # for loading the models, at least: disks may be far away
+DUMP_SECONDS = 1.0  # for writing down where its threads are, before a process that is stuck is killed
 
 # What the operator's environment may override. Threads that wait for each other must not spin: the other lane needs the
 # processor (docs/adr/0006-worker.md).
@@ -110,6 +113,8 @@ class Child:
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._numbers = itertools.count()
         self._open_links = 2
+        self._watchdog = Watchdog()
+        self._look_next: asyncio.TimerHandle | None = None
         # Large messages use a link of their own, so that small ones never wait behind them.
         self._quick, self._bulk = (
             Link(Connection(end), f"worker-{process.pid}-{name}", self._received, self._end)
@@ -142,15 +147,18 @@ class Child:
         child = cls(process, [ours for ours, _ in pairs], lost)
         try:
             child._quick.send(Start(options, device))
-            first = await child._first
+            first = await child._loaded(options.hang_seconds)
             if isinstance(first, Failed):
                 raise first.error
         except WorkerLost:
-            raise WorkerLost(f"a worker ended with status {await child.kill()} while it loaded the models") from None
+            status = await child.kill()
+            text = f"a worker ended with status {status} while it loaded the models; is there enough memory?"
+            raise WorkerLost(text) from None
         except BaseException:
             await child.kill()
             raise
         child.models = first.models
+        child._watch(options.hang_seconds)
         return child
 
     @property
@@ -171,6 +179,8 @@ class Child:
         number = next(self._numbers)
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._calls[number] = answer
+        lane = lane_of(type(work))
+        self._watchdog.asked(lane)
         link = self._bulk if _is_large(work) else self._quick
         link.send(Call(number, work, token.remaining()))
         forget = token.on_cancel(lambda: link.send(Cancel(number)))
@@ -179,6 +189,7 @@ class Child:
         finally:
             forget()
             self._calls.pop(number, None)
+            self._watchdog.answered(lane)
 
     def release(self, model: str, digest: str) -> None:
         """Let an embedding go that an `EncodeWork` had kept."""
@@ -201,6 +212,7 @@ class Child:
             Its exit status; negative for the signal that ended it.
         """
         self._lost = _nobody
+        self._unwatch()
         self._process.kill()
         return await asyncio.to_thread(self._close)
 
@@ -209,6 +221,45 @@ class Child:
         self._quick.close()
         self._bulk.close()
         return status
+
+    # A worker that is stuck
+
+    async def _loaded(self, hang_seconds: float) -> Ready | Failed:
+        """Wait until it has loaded the models, or says that it cannot; end it if it takes too long."""
+        timeout = max(hang_seconds, LOAD_SECONDS) if hang_seconds else None
+        done, _ = await asyncio.wait({self._first}, timeout=timeout)
+        if not done:
+            log.error("worker %d has not loaded its models within %g s (hang_seconds)", self.pid, timeout)
+            self._end_stuck()
+        return await self._first
+
+    def _watch(self, hang_seconds: float) -> None:
+        """Look from now on whether it answers; end it if not."""
+        if hang_seconds:
+            self._look_next = asyncio.get_running_loop().call_later(hang_seconds / LOOKS, self._look, hang_seconds)
+
+    def _look(self, hang_seconds: float) -> None:
+        stuck = self._watchdog.look()
+        if stuck is None:
+            self._watch(hang_seconds)
+            return
+        log.error(
+            "worker %d owes answers, and its thread %r has given none for %g s (hang_seconds)",
+            self.pid,
+            stuck,
+            hang_seconds,
+        )
+        self._end_stuck()
+
+    def _end_stuck(self) -> None:
+        log.error("worker %d is ended; this is where its threads are:", self.pid)
+        self._process.send_signal(DUMP_SIGNAL)
+        self._look_next = asyncio.get_running_loop().call_later(DUMP_SECONDS, self._process.kill)
+
+    def _unwatch(self) -> None:
+        if self._look_next is not None:
+            self._look_next.cancel()
+            self._look_next = None
 
     def _received(self, message: Any) -> None:
         if isinstance(message, Answer):

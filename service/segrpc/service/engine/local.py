@@ -5,7 +5,7 @@ from concurrent.futures import Future
 from segrpc.service.engine.base import CancelToken, EngineOptions, ServedModel
 from segrpc.service.engine.core import Core
 from segrpc.service.engine.lanes import Lane
-from segrpc.service.engine.work import DecodeWork, FlushWork, Holdings, Order, Result, TouchWork
+from segrpc.service.engine.work import Holdings, LaneName, Order, Result, lane_of
 
 ENCODE_NICE = 10  # measured: docs/adr/0006-worker.md
 MOST_TOGETHER = 16  # works that a model which batches gets at once: more take memory and gain little
@@ -21,7 +21,7 @@ class LocalCore:
 
     def __init__(self, options: EngineOptions, device: str = "") -> None:
         self._core = Core(options, device)
-        self._lanes: tuple[Lane, Lane] | None = None
+        self._lanes: dict[LaneName, Lane] = {}
 
     def start(self) -> tuple[ServedModel, ...]:
         """Load the models; blocks.
@@ -30,16 +30,17 @@ class LocalCore:
             ModelLoadError: If one cannot be loaded.
         """
         models = self._core.load()
-        encode = Lane("encode", self._core.encode, nice=ENCODE_NICE)
-        decode = Lane("decode", self._core.decode, most=MOST_TOGETHER if self._core.batches else 1)
-        self._lanes = encode, decode
+        self._lanes = {
+            "encode": Lane("encode", self._core.encode, nice=ENCODE_NICE),
+            "decode": Lane("decode", self._core.decode, most=MOST_TOGETHER if self._core.batches else 1),
+        }
         return models
 
     def stop(self) -> None:
         """Do what was submitted, end the threads and unload the models; blocks."""
-        for lane in self._lanes or ():
+        for lane in self._lanes.values():
             lane.close()
-        self._lanes = None
+        self._lanes = {}
         self._core.unload()
 
     def submit(self, work: Order, token: CancelToken) -> "Future[Result]":
@@ -48,10 +49,9 @@ class LocalCore:
         Raises:
             RuntimeError: If it is not started.
         """
-        if self._lanes is None:
+        if not self._lanes:
             raise RuntimeError("the core is not started")
-        encode, decode = self._lanes
-        return (decode if isinstance(work, DecodeWork | TouchWork | FlushWork) else encode).submit(work, token)
+        return self._lanes[lane_of(type(work))].submit(work, token)
 
     def release(self, model: str, digest: str) -> None:
         """See `Core.release`."""

@@ -1,11 +1,14 @@
 """What the front and a worker process say to each other."""
 
+import signal
 import traceback
 from dataclasses import dataclass
 
 from segrpc.service import errors
 from segrpc.service.engine.base import EngineOptions, ServedModel
 from segrpc.service.engine.work import EmbeddingMissing, Holdings, Order, Result, WorkerBug
+
+DUMP_SIGNAL = signal.SIGUSR2  # has a worker write to standard error where its threads are
 
 
 @dataclass(frozen=True, slots=True)

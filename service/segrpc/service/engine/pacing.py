@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 from segrpc.service.admission.limits import share_of
 from segrpc.service.engine.backend import Backend
 from segrpc.service.engine.base import CancelToken, EngineOptions, StageTimes
-from segrpc.service.engine.work import DecodeWork, EncodeWork, PredictWork, Work
+from segrpc.service.engine.work import DecodeWork, PredictWork, Work, lane_of
 from segrpc.service.errors import OverloadedError, Quota
 
 RETRY_AFTER = 1.0  # seconds, at least: about as long as an image takes to encode on a CPU
@@ -243,7 +243,7 @@ class Device:
             self._queue(type(place.work)).leave(place, seconds)
 
     def _queue(self, kind: type[Work]) -> Queue:
-        return self.encodes if issubclass(kind, EncodeWork | PredictWork) else self.decodes
+        return self.encodes if lane_of(kind) == "encode" else self.decodes
 
 
 def _kind(work: Work) -> Kind:

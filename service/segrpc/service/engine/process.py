@@ -49,7 +49,7 @@ class ProcessBackend:
         try:
             child = await Child.start(self._options, self._device, self._lost)
         except WorkerLost as error:
-            raise ModelLoadError(f"{error}; is there enough memory?") from error
+            raise ModelLoadError(str(error)) from error
         self._child = asyncio.get_running_loop().create_future()
         self._up(child)
         return child.models

@@ -4,7 +4,7 @@ import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pickle import PickleBuffer
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from segrpc.service.engine.base import CancelToken, Flushed, SegmentResult, StageTimes
 from segrpc.service.images.decode import ImageHeader
@@ -135,6 +135,12 @@ class Holdings:
 Work: TypeAlias = DecodeWork | TouchWork | EncodeWork | PredictWork
 Order: TypeAlias = Work | FlushWork
 Result: TypeAlias = SegmentResult | EncodedImage | Flushed
+LaneName: TypeAlias = Literal["decode", "encode"]
+
+
+def lane_of(kind: type[Order]) -> LaneName:
+    """Tell in which lane a kind of work is done: all of a model that has no separate encoding where images are."""
+    return "encode" if issubclass(kind, EncodeWork | PredictWork) else "decode"
 
 
 @dataclass(eq=False, slots=True)

@@ -19,7 +19,18 @@ from concurrent.futures import Future
 from segrpc.service.engine.base import CancelToken
 from segrpc.service.engine.local import LocalCore
 from segrpc.service.engine.logs import configure_logging
-from segrpc.service.engine.messages import Answer, Call, Cancel, Failed, Ready, Release, Start, Stop, portable
+from segrpc.service.engine.messages import (
+    DUMP_SIGNAL,
+    Answer,
+    Call,
+    Cancel,
+    Failed,
+    Ready,
+    Release,
+    Start,
+    Stop,
+    portable,
+)
 from segrpc.service.engine.wire import Connection
 from segrpc.service.engine.work import Result
 from segrpc.service.errors import SegrpcError
@@ -88,6 +99,7 @@ def main(arguments: Sequence[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     faulthandler.enable()
+    faulthandler.register(DUMP_SIGNAL)  # says where all threads are, even if one keeps the interpreter for itself
     quick, bulk = (Connection(socket.socket(fileno=int(number))) for number in arguments)
     start = quick.receive()
     if not isinstance(start, Start):
