@@ -9,6 +9,13 @@ from pathlib import Path
 _SOURCE = Path(__file__).parent / "data" / "third_party"
 
 
+def config_of_gated(folder: Path) -> str:
+    """Write the configuration of the cheap model ``gated``, whose stages nothing holds; return its section."""
+    gates = folder / "gates"
+    gates.mkdir()
+    return f'[[models]]\nname = "gated"\nmodel_params = {{ gates = "{gates}" }}\n'
+
+
 def install(folder: Path) -> dict[str, str]:
     """Install the package by pip into a folder; return the environment in which servers find it."""
     source, site = folder / "source", folder / "site"

@@ -24,14 +24,14 @@ from segrpc.v1.segmentation_service_pb2 import EncodeImageRequest, SegmentReques
 from segrpc.v1.segmentation_service_pb2_grpc import SegmentationServiceStub
 from segrpc.v1.types_pb2 import Image, Point, Prompt
 from tests.blackbox.failure import Failure, failure_of, parse
-from tests.checkpoints import write_checkpoint
 from tests.server_process import ServerProcess, connect, raw
 from tests.tcp_proxy import TcpProxy
+from tests.third_party import config_of_gated
 from tests.tokens import AUDIENCE, ISSUER, Issuer, key_set
 from tests.web_server import web_server
 
 CLICK: dict[str, Any] = {"points": [(100, 100)]}
-SAM2, GRABCUT = "sam2", "grabcut"
+GATED, GRABCUT = "gated", "grabcut"
 KEYS = {name: new_key() for name in ("alice", "bob", "lister", "grabcutter", "nobody")}
 
 
@@ -40,10 +40,9 @@ def as_bearer(token: str) -> tuple[tuple[str, str], ...]:
 
 
 @pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def guarded(tmp_path_factory: pytest.TempPathFactory, third_party: dict[str, str]) -> Iterator[ServerProcess]:
     """A server with two models that knows callers by their keys."""
     folder = tmp_path_factory.mktemp("guarded")
-    checkpoint = write_checkpoint("sam2.1-hiera-tiny", folder)
     limits = {
         "lister": 'methods = ["ListModels", "GetModel"]\n',
         "grabcutter": f'models = ["{GRABCUT}"]\n',
@@ -53,11 +52,9 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]
     (folder / "keys.toml").write_text(keys)
     config = folder / "config.toml"
     config.write_text(
-        f'keys_file = "{folder / "keys.toml"}"\n'
-        f'[[models]]\nname = "{SAM2}"\nmodel_params = {{checkpoint = "{checkpoint}", threads = 2}}\n'
-        f'[[models]]\nname = "{GRABCUT}"\n'
+        f'keys_file = "{folder / "keys.toml"}"\n{config_of_gated(folder)}[[models]]\nname = "{GRABCUT}"\n'
     )
-    with ServerProcess("--config", str(config), log=folder / "log") as server:
+    with ServerProcess("--config", str(config), log=folder / "log", environment=third_party) as server:
         yield server
 
 
@@ -173,7 +170,7 @@ def test_a_withdrawn_key_and_a_new_one_count_at_once(tmp_path: Path) -> None:
 
 def test_a_method_that_the_key_does_not_have(guarded: ServerProcess, photo: bytes) -> None:
     with client(guarded, "lister") as lister:
-        assert [model.name for model in lister.models()] == [SAM2, GRABCUT]
+        assert [model.name for model in lister.models()] == [GATED, GRABCUT]
         for call in (
             lambda: lister.segment(photo, **CLICK),
             lambda: lister.encode(photo),
@@ -191,10 +188,10 @@ def test_a_model_that_the_key_does_not_have(guarded: ServerProcess, photo: bytes
         assert (model.name, model.is_default) == (GRABCUT, True)
         assert grabcutter.segment(photo, **CLICK).model == GRABCUT  # the first that it may use is its default
         for call in (
-            lambda: grabcutter.segment(photo, model=SAM2, **CLICK),
-            lambda: grabcutter.encode(photo, model=SAM2),
-            lambda: grabcutter.refine(photo, model=SAM2).open(),
-            lambda: grabcutter.model(SAM2),
+            lambda: grabcutter.segment(photo, model=GATED, **CLICK),
+            lambda: grabcutter.encode(photo, model=GATED),
+            lambda: grabcutter.refine(photo, model=GATED).open(),
+            lambda: grabcutter.model(GATED),
         ):
             with pytest.raises(PermissionDeniedError) as caught:
                 call()
@@ -243,12 +240,13 @@ def test_the_cache_does_not_tell_who_has_an_image(
     alice: SegmentationClient, bob: SegmentationClient, photo: bytes
 ) -> None:
     image = photo + b"x"  # bytes after the end of a JPEG: an image that no other test has
-    assert not alice.encode(image, model=SAM2).timing.embedding_cached
-    assert alice.encode(image, model=SAM2).timing.embedding_cached
-    first = bob.encode(image, model=SAM2)
+    asked: dict[str, Any] = {"model": GATED, **CLICK}
+    assert not alice.segment(image, **asked).timing.embedding_cached
+    assert alice.segment(image, **asked).timing.embedding_cached
+    first = bob.segment(image, **asked)
     assert not first.timing.embedding_cached
     assert first.timing.encode_image > 0  # it was computed: neither the flag nor the time tells
-    assert bob.encode(image, model=SAM2).timing.embedding_cached
+    assert bob.segment(image, **asked).timing.embedding_cached
 
 
 def test_a_session_belongs_to_who_opened_it(alice: SegmentationClient, bob: SegmentationClient, photo: bytes) -> None:

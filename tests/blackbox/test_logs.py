@@ -18,9 +18,9 @@ from segrpc.v1.segmentation_service_pb2_grpc import SegmentationServiceStub
 from segrpc.v1.types_pb2 import Image, Point, Prompt
 from tests.blackbox.failure import failure_of
 from tests.blackbox.refine_stream import METHOD, RefineStream, points
-from tests.checkpoints import write_checkpoint
 from tests.server_process import ServerProcess, connect, raw
 from tests.tcp_proxy import TcpProxy
+from tests.third_party import config_of_gated
 
 SEGMENT = "/segrpc.v1.SegmentationService/Segment"
 CLICK = [Prompt(points=[Point(x=30, y=20)])]
@@ -28,12 +28,13 @@ HOSTILE = "x\n2030-01-01 INFO segrpc.rpc forged\x1b[2J"
 
 
 @pytest.fixture(scope="module")
-def json_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A server with SAM 2.1 tiny that logs everything, as JSON."""
+def json_server(tmp_path_factory: pytest.TempPathFactory, third_party: dict[str, str]) -> Iterator[ServerProcess]:
+    """A server with a cheap model that logs everything, as JSON."""
     folder = tmp_path_factory.mktemp("json-server")
-    checkpoint = write_checkpoint("sam2.1-hiera-tiny", folder)
-    options = ["--checkpoint", str(checkpoint), "--threads", "2", "--log-format", "json", "--log-level", "debug"]
-    with ServerProcess(*options, log=folder / "log") as process:
+    config = folder / "config.toml"
+    config.write_text(config_of_gated(folder))
+    options = ["--config", str(config), "--log-format", "json", "--log-level", "debug"]
+    with ServerProcess(*options, log=folder / "log", environment=third_party) as process:
         yield process
 
 
@@ -63,7 +64,7 @@ def test_a_call_is_one_line_with_all_that_is_known_of_it(
     answer = SegmentationServiceStub(channel).Segment(request)
     record = record_of(json_server, request_id="first")
     assert (record["message"], record["logger"], record["status"]) == (SEGMENT, "segrpc.rpc", "OK")
-    assert (record["model"], record["embedding_cached"]) == ("sam2.1-hiera-tiny", False)
+    assert (record["model"], record["embedding_cached"]) == ("gated", False)
     assert (record["received_bytes"], record["sent_bytes"]) == (request.ByteSize(), answer.ByteSize())
     for stage in ("queue", "decode_image", "encode_image", "decode_mask", "postprocess"):
         told = getattr(answer.timing, stage)

@@ -15,17 +15,17 @@ from opentelemetry.trace import SpanContext
 
 from segrpc.client import AsyncSegmentationClient, SegmentationClient
 from segrpc.v1.refine_pb2 import RefineConfig
-from segrpc.v1.segmentation_service_pb2 import EncodeImageRequest, SegmentRequest
+from segrpc.v1.segmentation_service_pb2 import SegmentRequest
 from segrpc.v1.segmentation_service_pb2_grpc import SegmentationServiceStub
 from segrpc.v1.types_pb2 import Image, Point, Prompt
 from tests.blackbox.failure import failure_of
 from tests.blackbox.refine_stream import RefineStream, points
-from tests.checkpoints import write_checkpoint
 from tests.otlp_receiver import OtlpReceiver, attributes, otlp_receiver
 from tests.server_process import ServerProcess, connect, raw
+from tests.third_party import config_of_gated
 
 SERVICE = "segrpc.v1.SegmentationService"
-MODEL = "sam2.1-hiera-tiny"
+MODEL = "gated"
 CLICK = [Prompt(points=[Point(x=30, y=20)])]
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 # Batches leave soon.
@@ -39,13 +39,15 @@ class Traced:
 
 
 @pytest.fixture(scope="module")
-def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traced]:
-    """A server with SAM 2.1 tiny that tells a receiver."""
+def traced(tmp_path_factory: pytest.TempPathFactory, third_party: dict[str, str]) -> Iterator[Traced]:
+    """A server with a cheap model that tells a receiver."""
     folder = tmp_path_factory.mktemp("traced")
-    options = ["--checkpoint", str(write_checkpoint(MODEL, folder)), "--threads", "2", "--log-format", "json"]
+    config = folder / "config.toml"
+    config.write_text(config_of_gated(folder))
+    options = ["--config", str(config), "--log-format", "json"]
     with otlp_receiver() as receiver:
         endpoint = ("--otlp-endpoint", f"http://{receiver.address}")
-        with ServerProcess(*options, *endpoint, log=folder / "log", environment=SOON) as server:
+        with ServerProcess(*options, *endpoint, log=folder / "log", environment={**third_party, **SOON}) as server:
             yield Traced(server, receiver)
 
 
@@ -86,7 +88,7 @@ def test_a_call_is_a_span_of_its_callers_trace_with_its_stages_below(
 
 
 def test_a_stream_has_a_span_for_each_round(traced: Traced, channel: grpc.Channel, photo: bytes) -> None:
-    SegmentationServiceStub(channel).EncodeImage(EncodeImageRequest(image=Image(data=photo)))
+    SegmentationServiceStub(channel).Segment(SegmentRequest(image=Image(data=photo), prompts=CLICK))
     timings = []
     with RefineStream(channel, RefineConfig(request_id="rounds", image=Image(data=photo))) as stream:
         stream.opened()
@@ -182,11 +184,12 @@ def test_a_client_may_be_told_its_span(traced: Traced, photo: bytes) -> None:
 
 
 def test_metrics_are_told_too(traced: Traced, channel: grpc.Channel, photo: bytes) -> None:
-    receiver, method = traced.receiver, f"{SERVICE}/EncodeImage"
+    receiver, method = traced.receiver, f"{SERVICE}/Segment"
+
+    told = {"grpc.method": method, "grpc.status": "OK"}
 
     def counted() -> int:
         metric = receiver.metrics.get("grpc.server.call.duration")
-        told = {"grpc.method": method, "grpc.status": "OK"}
         points = metric.histogram.data_points if metric is not None else ()
         return sum(point.count for point in points if attributes(point.attributes) == told)
 
@@ -194,12 +197,12 @@ def test_metrics_are_told_too(traced: Traced, channel: grpc.Channel, photo: byte
     while not receiver.metrics:
         receiver.next()
     before = counted()
-    SegmentationServiceStub(channel).EncodeImage(EncodeImageRequest(image=Image(data=photo)))
+    SegmentationServiceStub(channel).Segment(SegmentRequest(image=Image(data=photo), prompts=CLICK))
     while counted() == before:
         receiver.next()
     assert counted() == before + 1
     duration = receiver.metrics["grpc.server.call.duration"]
-    (point,) = [one for one in duration.histogram.data_points if attributes(one.attributes)["grpc.method"] == method]
+    (point,) = [one for one in duration.histogram.data_points if attributes(one.attributes) == told]
     assert (duration.unit, sum(point.bucket_counts)) == ("s", point.count)
     assert len(point.bucket_counts) == len(point.explicit_bounds) + 1
     started = receiver.metrics["grpc.server.call.started"]

@@ -14,7 +14,7 @@ from segrpc.client import AsyncSegmentationClient
 from tests.checkpoints import SMOOTH_CONTRAST, write_checkpoint
 from tests.photos import NAMES, load_image
 from tests.server_process import ServerProcess
-from tests.third_party import install
+from tests.third_party import config_of_gated, install
 
 MODELS = ("grabcut", "light", "sam2")
 KiB = 2**10
@@ -85,8 +85,7 @@ def serve(model: str, folder: Path, *options: str) -> Iterator[ServerProcess]:
         case "grabcut":
             config.write_text('[[models]]\nname = "grabcut"\nmodel_params = { iterations = 1 }\n')
         case "light":
-            (folder / "gates").mkdir()
-            config.write_text(f'[[models]]\nname = "gated"\nmodel_params = {{ gates = "{folder / "gates"}" }}\n')
+            config.write_text(config_of_gated(folder))
             environment = install(folder / "third-party")
         case _:
             weights = write_checkpoint("sam2.1-hiera-tiny", folder, smooth=True, contrast=SMOOTH_CONTRAST)
