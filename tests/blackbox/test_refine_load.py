@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -17,6 +16,7 @@ from PIL import Image as PILImage
 
 from segrpc.v1.refine_pb2 import (
     EDIT_POLICY_EVERY_EDIT,
+    EDIT_POLICY_LATEST_WINS,
     Edit,
     MovePoint,
     RefineConfig,
@@ -83,7 +83,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, third_party: dict[str, str]
 
 # A worker that is killed
 
-STREAMS, EDITS = 32, 3
+STREAMS, EDITS = 32, 6
 
 
 class Progress:
@@ -111,7 +111,8 @@ def clicks_of(number: int) -> list[tuple[float, float]]:
 def refine(channel: grpc.Channel, number: int, progress: Progress) -> list[RefineResponse]:
     """Live one session: one edit after the other, or two at a time, which may be folded. Returns all results."""
     image, every = PHOTOS[number % len(PHOTOS)], number % 2 == 0
-    config = RefineConfig(image=Image(data=image), edit_policy=EDIT_POLICY_EVERY_EDIT if every else 0)  # type: ignore[arg-type]
+    policy = EDIT_POLICY_EVERY_EDIT if every else EDIT_POLICY_LATEST_WINS
+    config = RefineConfig(image=Image(data=image), model="gated", edit_policy=policy)
     with RefineStream(channel, config, timeout=200) as stream:
         stream.opened()
         pending: list[int] = []
@@ -129,18 +130,8 @@ def refine(channel: grpc.Channel, number: int, progress: Progress) -> list[Refin
         return results(stream.seen)
 
 
-@pytest.fixture
-def grabcut_server(tmp_path: Path) -> Iterator[ServerProcess]:
-    """A server with a GrabCut that takes less time than usual."""
-    config = tmp_path / "config.toml"
-    config.write_text('[[models]]\nname = "grabcut"\nmodel_params = { iterations = 1 }\n')
-    with ServerProcess("--config", str(config), log=tmp_path / "log") as process:
-        yield process
-
-
-def test_no_stream_notices_that_the_worker_is_killed(grabcut_server: ServerProcess) -> None:
-    server = grabcut_server
-    progress = Progress()
+def test_no_stream_notices_that_the_worker_is_killed(models: Models) -> None:
+    server, progress = models.server, Progress()
     with connect(server) as first, connect(server) as second, ThreadPoolExecutor(STREAMS) as threads:
         # Once without streams, so that what is made only once is there.
         assert len(refine(first, 0, Progress())) == EDITS
@@ -164,7 +155,7 @@ def test_no_stream_notices_that_the_worker_is_killed(grabcut_server: ServerProce
 def check(channel: grpc.Channel, number: int, answers: list[RefineResponse]) -> int:
     """Compare all results with what Segment says to the same rounds; return how many rounds there were."""
     rounds = [one for answer in answers for one in answer.result.rounds]
-    repeated = replay(channel, PHOTOS[number % len(PHOTOS)], rounds)
+    repeated = replay(channel, PHOTOS[number % len(PHOTOS)], rounds, "gated")
     masks = {one.revision: again.predictions[0] for one, again in zip(rounds, repeated, strict=True)}
     for answer in answers:
         assert as_bytes(answer.result.prediction) == as_bytes(masks[answer.result.shown_revision])
