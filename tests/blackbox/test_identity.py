@@ -139,30 +139,129 @@ def test_the_log_names_who_called_and_shows_no_key(guarded: ServerProcess, alice
     assert not any(key in log for key in [*KEYS.values(), "a-key-that-leaked"])
 
 
-def test_a_withdrawn_key_and_a_new_one_count_at_once(tmp_path: Path) -> None:
-    old, new, file = new_key(), new_key(), tmp_path / "keys.toml"
+class KeysFile:
+    """A file of keys that an operator changes while a server reads it."""
 
-    def write(text: str) -> None:
-        (tmp_path / "new").write_text(text)
-        (tmp_path / "new").replace(file)
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
-    write(toml_of("alice", old))
+    def write(self, *tables: str) -> None:
+        """Replace it as a whole, as editors do."""
+        draft = self.path.with_suffix(".new")
+        draft.write_text("".join(tables))
+        draft.replace(self.path)
+
+
+@pytest.fixture(scope="module")
+def changing(
+    tmp_path_factory: pytest.TempPathFactory, third_party: dict[str, str]
+) -> Iterator[tuple[ServerProcess, KeysFile]]:
+    """A server whose file of keys each test writes anew."""
+    folder = tmp_path_factory.mktemp("changing")
+    keys = KeysFile(folder / "keys.toml")
+    keys.write()
+    config = folder / "config.toml"
+    config.write_text(f'keys_file = "{keys.path}"\n{config_of_gated(folder)}')
+    with ServerProcess("--config", str(config), log=folder / "log", environment=third_party) as server:
+        yield server, keys
+
+
+def test_a_withdrawn_key_and_a_new_one_count_at_once(changing: tuple[ServerProcess, KeysFile]) -> None:
+    server, keys = changing
+    old, new = new_key(), new_key()
+    keys.write(toml_of("alice", old))
     with (
-        ServerProcess("--keys-file", str(file), log=tmp_path / "log") as server,
         SegmentationClient(server.target, token=old) as before,
         SegmentationClient(server.target, token=new) as after,
     ):
         before.models()
         with pytest.raises(UnauthenticatedError):
             after.models()
-        write("[[keys]\n")  # broken: what was read before stays
+        keys.write("[[keys]\n")  # broken: what was read before stays
         before.models()
         assert "cannot be used; what was read before stays" in server.log_text()
-        write(toml_of("alice", new))
+        keys.write(toml_of("alice", new))
         after.models()
         with pytest.raises(UnauthenticatedError) as caught:
             before.models()
     assert caught.value.reason == "CREDENTIAL_INVALID"
+
+
+def test_an_open_stream_ends_when_its_key_is_withdrawn(changing: tuple[ServerProcess, KeysFile], photo: bytes) -> None:
+    server, keys = changing
+    leaked, other, new = new_key(), new_key(), new_key()
+    keys.write(toml_of("alice", leaked), toml_of("bob", other))
+    with (
+        SegmentationClient(server.target, token=leaked) as thief,
+        SegmentationClient(server.target, token=other) as bob,
+    ):
+        session, undisturbed = thief.refine(photo), bob.refine(photo)
+        session.open()
+        undisturbed.open()
+        assert session.click(100, 100).revision == 1
+        keys.write(toml_of("alice", new), toml_of("bob", other))
+        with pytest.raises(UnauthenticatedError) as caught:
+            session.click(30, 30)
+        assert caught.value.reason == "CREDENTIAL_INVALID"
+        assert undisturbed.click(100, 100).revision == 1
+        undisturbed.finish()
+    # What it had made is there for whoever is alice now.
+    with (
+        SegmentationClient(server.target, token=new) as alice,
+        alice.resume(session.session_id, session.resume_token) as resumed,
+    ):
+        assert resumed.click(30, 30).revision == 2
+
+
+def test_a_key_that_goes_to_somebody_else_takes_no_stream_along(
+    changing: tuple[ServerProcess, KeysFile], photo: bytes
+) -> None:
+    server, keys = changing
+    key = new_key()
+    keys.write(toml_of("alice", key))
+    with SegmentationClient(server.target, token=key) as opened:
+        session = opened.refine(photo)
+        session.open()
+        keys.write(toml_of("bob", key))
+        with pytest.raises(NotFoundError) as caught:  # bob connects again, and asks for alice's session
+            session.click(100, 100)
+    assert caught.value.reason == "SESSION_NOT_FOUND"
+
+
+def test_a_session_goes_on_with_the_key_that_comes_after(
+    changing: tuple[ServerProcess, KeysFile], photo: bytes
+) -> None:
+    server, keys = changing
+    valid = new_key()
+    keys.write(toml_of("alice", valid))
+    with (
+        SegmentationClient(server.target, token=lambda: valid) as opened,
+        opened.refine(photo) as session,
+    ):
+        session.click(100, 100)
+        valid = new_key()
+        keys.write(toml_of("alice", valid))
+        assert session.click(30, 30, label=0).revision == 2
+
+
+@pytest.mark.parametrize(
+    ("left", "reason"),
+    [('methods = ["ListModels"]\n', "METHOD_NOT_ALLOWED"), ("models = []\n", "MODEL_NOT_ALLOWED")],
+)
+def test_an_open_stream_may_do_what_its_key_allows_by_now(
+    changing: tuple[ServerProcess, KeysFile], photo: bytes, left: str, reason: str
+) -> None:
+    server, keys = changing
+    key = new_key()
+    keys.write(toml_of("alice", key))
+    with SegmentationClient(server.target, token=key) as opened:
+        session = opened.refine(photo)
+        session.open()
+        session.click(100, 100)
+        keys.write(toml_of("alice", key), left)
+        with pytest.raises(PermissionDeniedError) as caught:
+            session.click(30, 30)
+    assert caught.value.reason == reason
 
 
 # What they may do

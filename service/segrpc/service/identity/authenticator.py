@@ -50,6 +50,26 @@ class Authenticator:
             return Principal(name_of("certificate", certificate))
         raise CredentialMissingError(f"a credential is required: metadata 'authorization: {SCHEME} <token>'")
 
+    def renew(self, principal: Principal, authorization: Sequence[str]) -> Principal:
+        """Return who a caller is by now, whose call takes long. Cheap enough for every message.
+
+        Keys are looked at again. Tokens and certificates are not: they are withdrawn by expiring, and work that goes
+        on outlives them.
+
+        Args:
+            principal: What `authenticate` found.
+            authorization: What it was given.
+
+        Raises:
+            CredentialInvalidError: If the key was withdrawn, or is another principal's now.
+        """
+        if self._keys is None or principal.kind != "key":
+            return principal
+        known = self._keys.get().find(_token(authorization))
+        if known is None or known.name != principal.name:
+            raise CredentialInvalidError("the key was withdrawn")
+        return known
+
     async def _bearer(self, token: str) -> Principal:
         known = None if self._keys is None else self._keys.get().find(token)
         if known is not None:

@@ -25,6 +25,11 @@ class Principal:
     methods: frozenset[str] | None = None
     models: frozenset[str] | None = None
 
+    @property
+    def kind(self) -> str:
+        """One of `KINDS`; empty where callers are not identified."""
+        return self.name.partition(":")[0]
+
     def check_method(self, method: str) -> None:
         """Raise MethodNotAllowedError if it may not call a method."""
         if self.methods is not None and method not in self.methods:

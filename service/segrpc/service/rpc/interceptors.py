@@ -40,8 +40,8 @@ class Boundary(grpc.aio.ServerInterceptor):
     """Wraps every handler.
 
     Messages reach it as bytes, because grpc answers UNKNOWN to bytes that it cannot parse; what handlers raise leaves
-    it as a status of the table in `segrpc.service.rpc.status`. Who calls is found out once, before anything that the
-    caller sent is parsed; a stream that is open goes on when its credential is withdrawn.
+    it as a status of the table in `segrpc.service.rpc.status`. Who calls is found out before anything that the
+    caller sent is parsed; in a stream keys are looked at again for each message, so that one that was withdrawn ends.
 
     Args:
         authenticator: Finds out who calls.
@@ -104,7 +104,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         if handler.unary_stream:
             wrapped = self._to_stream(method, _one_parser(method, parse), handler.unary_stream, serialise)
             return handler._replace(request_deserializer=None, response_serializer=None, unary_stream=wrapped)  # type: ignore[attr-defined,no-any-return]
-        wrapped = self._to_stream(method, _stream_parser(method, parse), handler.stream_stream, serialise)
+        wrapped = self._to_stream(method, self._stream_parser(method, parse), handler.stream_stream, serialise)
         return handler._replace(request_deserializer=None, response_serializer=None, stream_stream=wrapped)  # type: ignore[attr-defined,no-any-return]
 
     def _count_unknown(self) -> None:
@@ -133,7 +133,7 @@ class Boundary(grpc.aio.ServerInterceptor):
     def _stream_unary(self, method: str, parse: Any, behaviour: Any, serialise: Any) -> Any:
         async def answer(raw: AsyncIterator[bytes], context: Any) -> bytes:
             async with self._call(method, context, serialise) as call:
-                response = await behaviour(_stream_parser(method, parse)(raw, call), call.context)
+                response = await behaviour(self._stream_parser(method, parse)(raw, call), call.context)
                 return call.context.serialised(response)
 
         return answer
@@ -155,6 +155,32 @@ class Boundary(grpc.aio.ServerInterceptor):
 
         return answer
 
+    def _stream_parser(self, method: str, parse: Any) -> Callable[[AsyncIterator[bytes], "_Call"], AsyncIterator[Any]]:
+        parse_one = _parser(method, parse)
+
+        async def parsed(raw: AsyncIterator[bytes], call: "_Call") -> AsyncIterator[Any]:
+            async for message in raw:
+                self._renew(method, call)
+                call.record.received_bytes += len(message)
+                request = parse_one(message)
+                if not call.record.request_id:
+                    call.adopt(request)
+                yield request
+            # A stream whose client left looks to its reader like one that was half-closed. Another read finds nothing,
+            # but until it tells so gRPC has told of the client too, and cancels this call.
+            await call.context.read()
+
+        return parsed
+
+    def _renew(self, method: str, call: "_Call") -> None:
+        """Look again at who calls, and at what they may do; raise if the stream may not go on."""
+        before = call.principal
+        principal = call.principal = self._authenticator.renew(before, call.authorization)
+        if principal is not before and method.startswith(_OWN_SERVICES):
+            principal.check_method(name_of_method(method))
+            if call.record.model:
+                principal.check_model(call.record.model)
+
     @asynccontextmanager
     async def _call(
         self, method: str, context: Any, serialise: Any, counted: Resource = Resource.REQUESTS
@@ -168,9 +194,10 @@ class Boundary(grpc.aio.ServerInterceptor):
             if own:
                 self._begin()
             if not method.startswith(_OPEN_SERVICES):
-                call.principal = await self._authenticator.authenticate(*credentials_of(context))
+                call.authorization, certificate = credentials_of(context)
+                call.principal = await self._authenticator.authenticate(call.authorization, certificate)
             if own:
-                call.principal.check_method(method.rpartition("/")[2])
+                call.principal.check_method(name_of_method(method))
             with self._ledger.held(counted, call.principal.name) if own else nullcontext():
                 yield call
             record.status = "OK"
@@ -214,11 +241,15 @@ class _Call:
 
     Args:
         context: What the handler gets as its context.
+
+    Attributes:
+        authorization: The credential that came with it, as `credentials_of` returns it.
     """
 
     def __init__(self, context: CallContext) -> None:
         self.context = context
         self.record = context.call
+        self.authorization: Sequence[str] = ()
 
     @property
     def principal(self) -> Principal:
@@ -237,6 +268,11 @@ class _Call:
         if "request_id" in request.DESCRIPTOR.fields_by_name:
             request.request_id = request.request_id or uuid.uuid4().hex
             self.record.request_id = request.request_id[:128]
+
+
+def name_of_method(method: str) -> str:
+    """Return a method's name, as keys and tokens list it, from that of its call."""
+    return method.rpartition("/")[2]
 
 
 def ran_out_of_time(record: Call, remaining: float | None, *, streams: bool) -> bool:
@@ -270,23 +306,6 @@ def _one_parser(method: str, parse: Any) -> Callable[[bytes, _Call], Any]:
     def parsed(raw: bytes, call: _Call) -> Any:
         call.record.received_bytes = len(raw)
         return _parser(method, parse)(raw)
-
-    return parsed
-
-
-def _stream_parser(method: str, parse: Any) -> Callable[[AsyncIterator[bytes], _Call], AsyncIterator[Any]]:
-    parse_one = _parser(method, parse)
-
-    async def parsed(raw: AsyncIterator[bytes], call: _Call) -> AsyncIterator[Any]:
-        async for message in raw:
-            call.record.received_bytes += len(message)
-            request = parse_one(message)
-            if not call.record.request_id:
-                call.adopt(request)
-            yield request
-        # A stream whose client left looks to its reader like one that was half-closed. Another read finds nothing, but
-        # until it tells so gRPC has told of the client too, and cancels this call.
-        await call.context.read()
 
     return parsed
 

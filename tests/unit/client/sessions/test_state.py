@@ -20,6 +20,7 @@ from segrpc.client import (
     SessionClosedError,
     SessionTakenError,
     SetMask,
+    UnauthenticatedError,
     UnavailableError,
 )
 from segrpc.client.codec import load_image
@@ -348,6 +349,7 @@ def test_results_that_are_being_sent_again_are_not_taken_for_seen() -> None:
         failure(UnavailableError, grpc.StatusCode.UNAVAILABLE, "DRAINING"),
         failure(ServerError, grpc.StatusCode.UNKNOWN),
         failure(OverloadedError, grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
+        failure(UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED, "CREDENTIAL_INVALID"),
     ],
 )
 def test_what_breaks_the_connection_only(error: SegmentationError | None) -> None:
@@ -383,6 +385,16 @@ def test_what_ends_the_session(error: SegmentationError) -> None:
     for look in (state.unread_result, state.finished):
         with pytest.raises(type(error)):
             look()
+
+
+def test_a_credential_that_is_refused_at_the_door_ends_the_session() -> None:
+    refused = failure(UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED, "CREDENTIAL_INVALID")
+    state = ready()
+    assert state.lost(refused, 0.0) is not None, "another token may be had"
+    list(state.opening(0.0))
+    assert state.lost(refused, 0.0) is None
+    with pytest.raises(UnauthenticatedError):
+        state.submit(CLICK)
 
 
 def test_the_delay_doubles_until_the_time_is_over() -> None:

@@ -104,7 +104,8 @@ class SessionState:
         Returns:
             Seconds after which to open the next stream, or None if the session has ended.
         """
-        lasted = self._open and (self.ledger.progress or now > self._began + LAST_DELAY)
+        was_open = self._open
+        lasted = was_open and (self.ledger.progress or now > self._began + LAST_DELAY)
         self._connected, self._open = False, False
         self._messages.clear()
         if self.ended:
@@ -120,7 +121,7 @@ class SessionState:
             self._lost_at = now
         delay = max(min(FIRST_DELAY * 2.0**self._attempts, LAST_DELAY), (error and error.retry_after) or 0.0)
         self._attempts += 1
-        if not self._may_come_back(error) or now + delay > self._lost_at + self._reconnect:
+        if not self._may_come_back(error, was_open) or now + delay > self._lost_at + self._reconnect:
             self.fail(error or UnavailableError("the server closed the stream", grpc.StatusCode.UNAVAILABLE))
             return None
         return delay
@@ -235,9 +236,11 @@ class SessionState:
         # Unknown after the stream broke, with nothing left to answer: the first stream's `finish` had arrived.
         return error is None or (error.reason == "SESSION_NOT_FOUND" and self.ledger.all_answered)
 
-    def _may_come_back(self, error: SegmentationError | None) -> bool:
+    def _may_come_back(self, error: SegmentationError | None, was_open: bool) -> bool:
         if self.image is None or isinstance(error, SessionClosedError):
             return False  # while opening, the caller decides
         if error is None or error.code is grpc.StatusCode.UNAVAILABLE or error.reason == "OVERLOADED":
             return True
+        if error.code is grpc.StatusCode.UNAUTHENTICATED:
+            return was_open  # the key was withdrawn; the next stream asks for a token again
         return error.code is grpc.StatusCode.UNKNOWN and not error.reason
