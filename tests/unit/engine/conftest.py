@@ -83,6 +83,12 @@ def click(image: bytes, x: float = 120.0, model: str = "held", owner: str = "", 
     return SegmentJob(model, digest_of(image), given, owner=owner)
 
 
+def many_clicks(image: bytes, count: int, model: str = "held", owner: str = "", **more: Any) -> SegmentJob:
+    """A job with so many prompts, of a click each."""
+    given = SegmentationInput(image=image, points=[[[100.0 + i, 5]] for i in range(count)], **more)
+    return SegmentJob(model, digest_of(image), given, owner=owner)
+
+
 def encoding(image: bytes, model: str = "held", **more: Any) -> EncodeJob:
     """A job that has an image encoded."""
     return EncodeJob(model, digest_of(image), image, **more)

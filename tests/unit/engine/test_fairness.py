@@ -9,7 +9,7 @@ import pytest
 
 from segrpc.service.engine.base import CancelToken, Engine
 from segrpc.service.errors import DeadlineError
-from tests.unit.engine.conftest import StartEngine, ask, click, encoding, picture
+from tests.unit.engine.conftest import StartEngine, ask, click, encoding, many_clicks, picture
 from tests.unit.engine.gates import Gate, log_of
 from tests.unit.engine.test_pacing import ALICE, ANYBODY, BOB, pending
 
@@ -65,6 +65,41 @@ async def test_a_click_waits_for_one_of_anothers(start_engine: StartEngine, tmp_
         await gate.reached()
     await gate.open()
     await asyncio.gather(*alices)
+
+
+@pytest.mark.parametrize("owner", [ALICE, BOB, ANYBODY])
+async def test_a_click_waits_for_one_of_many_prompts(start_engine: StartEngine, tmp_path: Path, owner: str) -> None:
+    engine = await start_engine("held")
+    alone = [(await ask(engine, A, 100.0 + i)).output.masks[0] for i in range(4)]
+    gate = Gate(tmp_path, "decode")
+    alices = asyncio.create_task(engine.segment(many_clicks(A, 4, owner=ALICE), CancelToken()))
+    await gate.reached()
+    others = clicks(engine, owner, 1)
+    await decodes_arrived(engine, 2)
+    await gate.step()
+    await gate.reached()
+    await gate.step()
+    await asyncio.gather(*others)
+    assert not alices.done()
+    await gate.reached()
+    await gate.open()
+    assert (await alices).output.masks == alone
+
+
+async def test_prompts_of_who_left_are_not_decoded(start_engine: StartEngine, tmp_path: Path) -> None:
+    engine = await start_engine("held")
+    await ask(engine, A)
+    before = len(log_of(tmp_path))
+    gate, token = Gate(tmp_path, "decode"), CancelToken()
+    leaving = asyncio.create_task(engine.segment(many_clicks(A, 8, owner=ALICE), token))
+    await gate.reached()
+    token.cancel()
+    with pytest.raises(DeadlineError):
+        await leaving
+    await decodes_arrived(engine, 1)  # and so has what was told before
+    await gate.open()
+    await ask(engine, A)
+    assert log_of(tmp_path)[before:] == ["decode 1"] * 2
 
 
 async def test_those_who_are_not_identified_are_one(start_engine: StartEngine, tmp_path: Path) -> None:

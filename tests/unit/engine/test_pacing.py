@@ -55,7 +55,7 @@ class Lane:
         self, timeout: float | None, prompts: int = 1, model: str = "m", owner: str = ANYBODY
     ) -> OverloadedError | None:
         try:
-            self.queue.check(self.cost(prompts, model), owner, CancelToken(timeout))
+            self.queue.check(self.cost(prompts, model), owner, CancelToken(timeout), prompts)
         except OverloadedError as error:
             return error
         return None
@@ -111,6 +111,25 @@ def test_each_work_of_ones_own_is_another_round_of_the_others() -> None:
         lane.enter(owner=BOB, model="quick")
     assert lane.queue.wait(ALICE) == pytest.approx(3 * 10.0 + 4 * 1.0)  # bob is expected to go on
     assert lane.queue.wait(BOB) == pytest.approx(2 * 1.0 + 3 * 10.0)
+
+
+def test_each_prompt_is_a_turn() -> None:
+    lane = Lane()
+    lane.learn(10.0)
+    lane.enter(8, owner=ALICE)
+    assert lane.queue.wait(BOB) == pytest.approx(10.0)
+    assert lane.queue.wait(BOB, turns=3) == pytest.approx(30.0)
+    lane.clock.now += 25.0  # of the eight, two and a half have been done
+    assert lane.queue.wait(BOB) == 0.0
+    place = lane.enter(2, owner=BOB)
+    assert place.expected == pytest.approx(2 * 10.0 + 10.0)
+    assert lane.queue.wait(ALICE, turns=8) == pytest.approx(8 * 10.0 + 16 * 10.0 - 25.0)
+    assert lane.queue.wait(ALICE) == pytest.approx(10.0)  # a click passes by her own eight
+    lane.queue.leave(place, 0.0)
+    error = lane.refused(timeout=60.0 / (1 - MARGIN), prompts=4, owner=BOB)
+    assert error is not None
+    assert "the jobs before this one will take 30 s and itself 40 s" in error.message
+    assert lane.refused(timeout=71.0 / (1 - MARGIN), prompts=4, owner=BOB) is None
 
 
 def test_works_that_are_here_longer_than_they_take_teach_caution() -> None:

@@ -52,6 +52,16 @@ def test_who_comes_back_is_behind_those_who_wait() -> None:
     assert rest(queue) == ["b1", "c1", "a2", "b2"]
 
 
+def test_what_was_put_back_is_next_of_its_owner_and_after_the_others() -> None:
+    queue = filled("a1", "a2", "b1", "b2", "c1")
+    assert queue.take() == "a1"
+    queue.put_back("a", "a1")
+    assert rest(queue) == ["b1", "c1", "a1", "b2", "a2"]
+    queue.put_back("c", "c1")
+    queue.put("a", "a3")
+    assert rest(queue) == ["c1", "a3"]
+
+
 def test_what_was_taken_out_takes_no_turn() -> None:
     queue = filled("a1", "a2", "b1", "b2", "c1")
     assert queue.discard("b", "b1")
@@ -61,28 +71,36 @@ def test_what_was_taken_out_takes_no_turn() -> None:
     assert rest(queue) == ["a1", "b2", "a2"]
 
 
-# None takes an item; a name puts one of that owner.
-steps = st.lists(st.none() | st.sampled_from("abcd"), max_size=60)
+# None takes an item; a name puts one of that owner, in capitals one that needs two turns.
+steps = st.lists(st.none() | st.sampled_from("abcdABCD"), max_size=60)
 
 
 @given(steps)
 def test_nobody_has_two_turns_before_one_who_waits(steps: list[str | None]) -> None:
     queue: TurnQueue[int] = TurnQueue()
     waiting: dict[str, list[int]] = {}
+    again: set[int] = set()  # items that need another turn
     turns: dict[str, Counter[str]] = {}  # of others, since an owner has waited for its turn
-    for number, owner in enumerate([*steps, *[None] * len(steps)]):
-        if owner is not None:
+    for number, step in enumerate([*steps, *[None] * (2 * len(steps))]):
+        if step is not None:
+            owner = step.lower()
             queue.put(owner, number)
             waiting.setdefault(owner, []).append(number)
             turns.setdefault(owner, Counter())
+            if step.isupper():
+                again.add(number)
         elif queue:
             taken = queue.take()
             (served,) = (name for name, items in waiting.items() if items[0] == taken)
-            waiting[served].pop(0)
             turns.pop(served)
             for name in turns:
                 turns[name][served] += 1
                 assert turns[name][served] <= 1
+            if taken in again:
+                again.remove(taken)
+                queue.put_back(served, taken)
+            else:
+                waiting[served].pop(0)
             if waiting[served]:
                 turns[served] = Counter()
             else:

@@ -285,6 +285,7 @@ class Child:
             return
         if not self._first.done():
             self._first.set_exception(WorkerLost())
+            self._first.exception()  # looked at, so that asyncio does not report it when nobody waits any more
         else:
             self._lost()
         for waiting in self._calls.values():

@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 from segrpc.service.engine.base import CancelToken, EngineOptions, SegmentResult, ServedModel, StageTimes
@@ -46,7 +46,11 @@ LOOK_SECONDS = 1.0  # between two looks at the memory of devices, which cost mor
 
 @dataclass(slots=True)
 class _Prepared:
-    """A work whose embedding is at hand and whose prompts were checked."""
+    """A work whose embedding is at hand and whose prompts were checked.
+
+    Attributes:
+        done: How many of its requests have been answered; `decoded` and `masks` have the answers.
+    """
 
     ticket: Ticket
     work: DecodeWork
@@ -54,6 +58,9 @@ class _Prepared:
     image: CachedImage
     requests: list[DecodeRequest]
     times: StageTimes
+    done: int = 0
+    decoded: list[Decoded] = field(default_factory=list)
+    masks: list[list[CompressedRLE]] = field(default_factory=list)
 
 
 class Core:
@@ -113,8 +120,8 @@ class Core:
         """Let an embedding go that an `EncodeWork` had kept."""
         self._cache.release((model, digest))
 
-    def encode(self, tickets: Sequence[Ticket]) -> None:
-        """Do works of the encode lane, one by one: `EncodeWork` and `PredictWork`."""
+    def encode(self, tickets: Sequence[Ticket]) -> Sequence[Ticket]:
+        """Do works of the encode lane, one by one: `EncodeWork` and `PredictWork`. None needs a second turn."""
         for ticket in tickets:
             work, token = ticket.work, ticket.token
             try:
@@ -127,13 +134,19 @@ class Core:
                     raise TypeError(f"{type(work).__name__} is no work of this lane")
             except Exception as error:  # noqa: BLE001 - whatever went wrong is for whoever waits
                 ticket.settle(error)
+        return ()
 
-    def decode(self, tickets: Sequence[Ticket]) -> None:
+    def decode(self, tickets: Sequence[Ticket]) -> Sequence[Ticket]:
         """Do works of the decode lane: `TouchWork`, `DecodeWork` and `FlushWork`.
 
-        Prompts of several works go to a model together if it `batches`; otherwise one work follows the other.
+        Prompts of several works go to a model together if it `batches`. Otherwise each prompt is a turn: nobody waits
+        for all of somebody's, and those of a caller who leaves are not computed to the end.
+
+        Returns:
+            The tickets of works that have more prompts.
         """
         together: dict[str, list[_Prepared]] = {}
+        unfinished: list[Ticket] = []
         for ticket in tickets:
             try:
                 ticket.token.check()
@@ -144,16 +157,17 @@ class Core:
                     image = self._cached(ticket.work.model, ticket.work.digest)
                     ticket.settle(EncodedImage(image.header, StageTimes()))
                     continue
-                prepared = self._prepare(ticket)
+                prepared = ticket.progress = ticket.progress or self._prepare(ticket)
             except Exception as error:  # noqa: BLE001
                 ticket.settle(error)
                 continue
             if prepared.model.batches:
                 together.setdefault(prepared.work.model, []).append(prepared)
-            else:
-                self._decode([prepared])
+            elif self._decode_next(prepared):
+                unfinished.append(ticket)
         for group in together.values():
             self._decode(group)
+        return unfinished
 
     def _encode(self, work: EncodeWork, token: CancelToken) -> EncodedImage:
         times = StageTimes()
@@ -207,6 +221,27 @@ class Core:
         if image is None:
             raise EmbeddingMissing
         return image
+
+    def _decode_next(self, one: _Prepared) -> bool:
+        """Answer the next prompt of a work, and settle it after the last; tell whether there are more."""
+        model, name, header = one.model, one.work.model, one.image.header
+        requests = one.requests[one.done : one.done + 1]  # none, if only the embedding is wanted
+        try:
+            if requests:
+                with _timed(one.times, "decode_mask"):
+                    decoded = self._with_memory(name, lambda: model.decode(requests))
+                one.ticket.token.check()
+                with _timed(one.times, "postprocess"):
+                    sizes = [(header.width, header.height)] * len(decoded)
+                    one.masks += self._with_memory(name, lambda: model.to_masks_of_all(decoded, sizes))
+                one.decoded += decoded
+                one.done += 1
+            if one.done < len(one.requests):
+                return True
+            one.ticket.settle(self._assemble(one, one.decoded, one.masks))
+        except Exception as error:  # noqa: BLE001
+            one.ticket.settle(error)
+        return False
 
     def _decode(self, group: Sequence[_Prepared]) -> None:
         """Decode works on one model together, then finish them one by one."""

@@ -1,6 +1,6 @@
 """Lanes: threads that take works one after the other, so that one kind of work never waits for another kind.
 
-Within a lane owners take turns (`TurnQueue`), so that one who clicks once does not wait for another's fifty.
+Within a lane parties take turns (`TurnQueue`), so that who clicks once does not wait for another's fifty.
 """
 
 import logging
@@ -13,7 +13,7 @@ from concurrent.futures import Future
 
 from segrpc.service.engine.base import CancelToken
 from segrpc.service.engine.turns import TurnQueue
-from segrpc.service.engine.work import Order, Result, Ticket
+from segrpc.service.engine.work import Order, Result, Ticket, party_of
 from segrpc.service.errors import DeadlineError
 
 log = logging.getLogger("segrpc.engine")
@@ -24,14 +24,17 @@ class Lane:
 
     Args:
         name: The thread's name.
-        run: Does works that were taken from the queue together, and settles their tickets.
+        run: Does works that were taken from the queue together, settles their tickets, and returns those of works that
+            need another turn.
         most: How many works it takes at most together: those whose turns are next when it gets to them; it never waits
             for more.
         nice: How much lower than normal the operating system's priority of the thread is, 0 to 19; Linux only. Threads
             that it starts, such as those of OpenMP, inherit it.
     """
 
-    def __init__(self, name: str, run: Callable[[Sequence[Ticket]], None], *, most: int = 1, nice: int = 0) -> None:
+    def __init__(
+        self, name: str, run: Callable[[Sequence[Ticket]], Sequence[Ticket]], *, most: int = 1, nice: int = 0
+    ) -> None:
         self._run = run
         self._most = most
         self._nice = nice
@@ -42,7 +45,7 @@ class Lane:
         self._thread.start()
 
     def submit(self, work: Order, token: CancelToken) -> "Future[Result]":
-        """Put a work behind the others of its owner. If its token is cancelled while it waits there, it fails at once.
+        """Put a work behind the others of its party. If its token is cancelled while it waits there, it fails at once.
 
         Raises:
             RuntimeError: If the lane is closed.
@@ -51,7 +54,7 @@ class Lane:
         with self._changed:
             if self._closing:
                 raise RuntimeError("the lane is closed")
-            self._queue.put(work.owner, ticket)
+            self._queue.put(party_of(work), ticket)
             self._changed.notify()
         forget = token.on_cancel(lambda: self._drop(ticket))
         ticket.future.add_done_callback(lambda _: forget())
@@ -66,7 +69,7 @@ class Lane:
 
     def _drop(self, ticket: Ticket) -> None:
         with self._changed:
-            if not self._queue.discard(ticket.work.owner, ticket):
+            if not self._queue.discard(party_of(ticket.work), ticket):
                 return
         ticket.settle(DeadlineError("the caller left before the work was done"))
 
@@ -79,12 +82,19 @@ class Lane:
         while tickets := self._take():
             now = time.perf_counter()
             for ticket in tickets:
-                ticket.waited = now - ticket.queued
+                ticket.waited += now - ticket.queued
             try:
-                self._run(tickets)
+                self._put_back(self._run(tickets))
             except Exception as error:  # noqa: BLE001 - whatever went wrong is for whoever waits
                 for ticket in tickets:
                     ticket.settle(error)
+
+    def _put_back(self, tickets: Sequence[Ticket]) -> None:
+        now = time.perf_counter()
+        with self._changed:
+            for ticket in tickets:
+                ticket.queued = now
+                self._queue.put_back(party_of(ticket.work), ticket)
 
     def _take(self) -> list[Ticket]:
         """Wait for works; an empty list says that there will be none any more."""

@@ -4,8 +4,8 @@ Each lane has a queue of its own, so that a heap of images to encode keeps nobod
 comes rather than dropped when it is late: when its lane has as many works as may wait, or when those before it leave it
 no time until its deadline. What a work takes is learned from those that were done.
 
-In a lane owners take turns (`segrpc.service.engine.turns`). So before a work come those of its own owner, and one more
-of every other.
+In a lane parties take turns (`segrpc.service.engine.turns`), and each prompt takes one. So before a work come those of
+its own party, and for each turn of these and of its own one of every other.
 """
 
 import time
@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 from segrpc.service.admission.limits import share_of
 from segrpc.service.engine.backend import Backend
 from segrpc.service.engine.base import CancelToken, EngineOptions, StageTimes
-from segrpc.service.engine.work import DecodeWork, PredictWork, Work, lane_of
+from segrpc.service.engine.work import Party, Work, lane_of, party_of, prompts_of, turns_of
 from segrpc.service.errors import OverloadedError, Quota
 
 RETRY_AFTER = 1.0  # seconds, at least: about as long as an image takes to encode on a CPU
@@ -50,29 +50,35 @@ class Place:
 
     Attributes:
         work: The work.
+        party: Among whom it takes turns.
         units: How many times it does what is alike.
+        turns: How many turns it takes.
         cost: What it was expected to take when it came, in seconds.
         entered: When that was.
         expected: How long it was expected to be here, in seconds.
     """
 
     work: Work
+    party: Party
     units: int
+    turns: int
     cost: float
     entered: float
     expected: float
 
 
 @dataclass(slots=True)
-class Owned:
-    """What one owner has in a queue.
+class Share:
+    """What one party has in a queue.
 
     Attributes:
         count: How many works.
-        cost: What they were expected to take together, in seconds.
+        turns: How many turns they take together.
+        cost: How long they were expected to take together, in seconds.
     """
 
     count: int = 0
+    turns: int = 0
     cost: float = 0.0
 
 
@@ -98,40 +104,44 @@ class Queue:
         self._clock = clock
         self.costs = Costs()
         self._places: dict[Place, None] = {}  # in the order of coming
-        self._owned: dict[str, Owned] = {}
+        self._shares: dict[Party, Share] = {}
         self._slip = 1.0  # how much longer than expected works have been here, on average
         self._left = -float("inf")  # when the last work was done
 
     def __len__(self) -> int:
         return len(self._places)
 
-    def wait(self, owner: str) -> float:
-        """Tell how long another work of an owner will probably wait, in seconds.
+    def wait(self, owner: str, turns: int = 1) -> float:
+        """Tell how long another work of an owner will probably wait until its last turn, in seconds.
 
-        Its turn comes after as many rounds as its owner has works here. Who is here now is expected to be there in each
-        round: who clicks has one work at a time, and the next when that is answered.
+        There are as many rounds as its party's works here and it itself need turns. Who is here now is expected to be
+        there in each round: who clicks has one work at a time, and the next when that is answered.
         """
         oldest = next(iter(self._places), None)
         if oldest is None:
             return 0.0
-        own = self._owned.get(owner, Owned())
-        round_ = sum(one.cost / one.count for name, one in self._owned.items() if name != owner)
-        # What runs is somebody's turn. Which it is only the lane knows; they are alike.
-        done = min(oldest.cost, self._clock() - max(self._left, oldest.entered))
-        return max(0.0, own.cost + (own.count + 1) * round_ - done)
+        party = owner, turns > 1
+        own = self._shares.get(party, Share())
+        round_ = sum(one.cost / one.turns for other, one in self._shares.items() if other != party)
+        # What runs is somebody's turn. Whose it is only the lane knows; they are alike.
+        begun = oldest.cost if oldest.party == party else oldest.cost / oldest.turns
+        done = min(begun, self._clock() - max(self._left, oldest.entered))
+        return max(0.0, own.cost + (own.turns + turns) * round_ - done)
 
-    def check(self, cost: float, owner: str, token: CancelToken) -> None:
+    def check(self, cost: float, owner: str, token: CancelToken, turns: int = 1) -> None:
         """Look whether a work makes sense now.
 
         Args:
             cost: What it will take, in seconds.
             owner: Whose it is.
             token: Says when it must be done.
+            turns: How many turns it takes.
 
         Raises:
             OverloadedError: If there are too many works, altogether or of this owner, or no time is left.
         """
-        count, own = len(self._places), self._owned.get(owner, Owned()).count
+        count = len(self._places)
+        own = sum(one.count for (name, _), one in self._shares.items() if name == owner)
         if owner and own >= self._most_of_one:
             text = f"{owner!r} may have {self._most_of_one} jobs that run or wait ({self._setting}), and has {own}"
             raise OverloadedError(f"{text}; try again", self._until_one_is_done(), Quota(owner, text))
@@ -142,7 +152,7 @@ class Queue:
         # Nothing is refused for its own cost alone: what is never done again could never turn out to be quicker.
         if remaining is None or not count:
             return
-        wait, cost = self.wait(owner) * self._slip, cost * self._slip
+        wait, cost = self.wait(owner, turns) * self._slip, cost * self._slip
         if wait + cost > remaining * (1 - MARGIN):
             raise OverloadedError(
                 f"the deadline is in {remaining:.2g} s, but the jobs before this one will take {wait:.2g} s and itself "
@@ -160,14 +170,15 @@ class Queue:
         Raises:
             OverloadedError: As `check`.
         """
-        units = _units(work)
+        units, turns, party = prompts_of(work), turns_of(work), party_of(work)
         cost = units * self.costs.of(_kind(work))
         if token is not None:
-            self.check(cost, work.owner, token)
-        place = Place(work, units, cost, self._clock(), self.wait(work.owner) + cost)
+            self.check(cost, work.owner, token, turns)
+        place = Place(work, party, units, turns, cost, self._clock(), self.wait(work.owner, turns) + cost)
         self._places[place] = None
-        own = self._owned.setdefault(work.owner, Owned())
+        own = self._shares.setdefault(party, Share())
         own.count += 1
+        own.turns += turns
         own.cost += cost
         return place
 
@@ -179,11 +190,12 @@ class Queue:
             seconds: How long it was worked on, if it was done; 0 if not.
         """
         del self._places[place]
-        own = self._owned[place.work.owner]
+        own = self._shares[place.party]
         own.count -= 1
+        own.turns -= place.turns
         own.cost -= place.cost
         if not own.count:
-            del self._owned[place.work.owner]  # and no error of rounding adds up
+            del self._shares[place.party]  # and no error of rounding adds up
         if seconds > 0:
             now = self._clock()
             # Works that were done together each took all the time, but delayed others by only their part of it.
@@ -195,7 +207,7 @@ class Queue:
                 self._slip = max(1.0, self._slip + (slip - self._slip) / WINDOW)
 
     def _until_one_is_done(self) -> float:
-        return max(RETRY_AFTER, sum(one.cost for one in self._owned.values()) / max(1, len(self._places)))
+        return max(RETRY_AFTER, sum(one.cost for one in self._shares.values()) / max(1, len(self._places)))
 
 
 class Device:
@@ -248,11 +260,6 @@ class Device:
 
 def _kind(work: Work) -> Kind:
     return type(work), work.model
-
-
-def _units(work: Work) -> int:
-    """How many times a work does what is alike."""
-    return max(1, work.input.num_prompts) if isinstance(work, DecodeWork | PredictWork) else 1
 
 
 def _seconds(times: StageTimes) -> float:

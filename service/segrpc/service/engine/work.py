@@ -136,11 +136,33 @@ Work: TypeAlias = DecodeWork | TouchWork | EncodeWork | PredictWork
 Order: TypeAlias = Work | FlushWork
 Result: TypeAlias = SegmentResult | EncodedImage | Flushed
 LaneName: TypeAlias = Literal["decode", "encode"]
+Party: TypeAlias = tuple[str, bool]  # an owner, and whether it is about works of several turns
 
 
 def lane_of(kind: type[Order]) -> LaneName:
     """Tell in which lane a kind of work is done: all of a model that has no separate encoding where images are."""
     return "encode" if issubclass(kind, EncodeWork | PredictWork) else "decode"
+
+
+def prompts_of(work: Order) -> int:
+    """Tell how many prompts a work has; 1 if it is about something else."""
+    return max(1, work.input.num_prompts) if isinstance(work, DecodeWork | PredictWork) else 1
+
+
+def turns_of(work: Order) -> int:
+    """Tell how many turns a work needs: each prompt that is decoded has one.
+
+    Where a model decodes them together it is one, which is not known here.
+    """
+    return prompts_of(work) if isinstance(work, DecodeWork) else 1
+
+
+def party_of(work: Order) -> Party:
+    """Tell among whom a work takes turns: its owner's works of one turn, or those of several.
+
+    They are apart so that a click does not wait for all prompts of a grid that has the same owner.
+    """
+    return work.owner, turns_of(work) > 1
 
 
 @dataclass(eq=False, slots=True)
@@ -151,8 +173,9 @@ class Ticket:
         work: What to do.
         token: Says when to stop.
         future: Gets the result or the exception; never cancelled.
-        queued: When it came, by `time.perf_counter`.
-        waited: Seconds that it waited for its lane.
+        queued: Since when it waits, by `time.perf_counter`.
+        waited: Seconds that it waited for its turns.
+        progress: What the core has done of it in the turns that it had.
     """
 
     work: Order
@@ -160,6 +183,7 @@ class Ticket:
     future: "Future[Result]" = field(default_factory=Future)
     queued: float = field(default_factory=time.perf_counter)
     waited: float = 0.0
+    progress: Any = None
 
     def settle(self, outcome: Result | Exception) -> None:
         """Give the result or the exception to whoever waits; what comes after the first outcome is ignored."""
