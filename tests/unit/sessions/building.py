@@ -7,7 +7,7 @@ from segrpc.service.admission.ledger import Ledger
 from segrpc.service.admission.limits import Limits
 from segrpc.service.engine.base import SegmentResult, StageTimes
 from segrpc.service.images.decode import ImageHeader
-from segrpc.service.images.library import KnownImage
+from segrpc.service.images.known import KnownImage
 from segrpc.service.schemas import CompressedRLE, ModelMetadata, NDArrayFloat, SegmentationOutput
 from segrpc.service.sessions.edits import AddPoints, Click, Edit, HistoryAction, Malformed, PromptAction, Scene
 from segrpc.service.sessions.session import ObjectResult, Plan, RefineOptions, Rejection, Session

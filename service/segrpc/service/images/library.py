@@ -1,11 +1,11 @@
 """The images of a server: from any source to bytes with a digest."""
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Final
 
 from segrpc.service.errors import InvalidFieldError
-from segrpc.service.images.decode import ImageHeader, ImageLimits, read_header
+from segrpc.service.images.decode import ImageLimits, digest_of, read_header
+from segrpc.service.images.known import KnownImage
 from segrpc.service.images.look_ups import LookUps
 from segrpc.service.images.sources import SourcePolicy, read_uri
 from segrpc.service.images.store import ImageStore
@@ -13,30 +13,8 @@ from segrpc.service.images.store import ImageStore
 FETCHERS: Final = 32  # URIs that are read at the same time; more wait
 
 
-@dataclass(frozen=True, slots=True)
-class KnownImage:
-    """An encoded image that was looked at.
-
-    Attributes:
-        digest: ``sha256:`` and 64 hexadecimal digits of ``data``.
-        data: The encoded file.
-        header: Its size and orientation.
-        owner: Whose image it is.
-    """
-
-    digest: str
-    data: bytes = field(repr=False)
-    header: ImageHeader
-    owner: str = ""
-
-    @property
-    def key(self) -> str:
-        """The name of the image in caches: owners share nothing there, or one could tell what another has sent."""
-        return f"{self.owner} {self.digest}" if self.owner else self.digest
-
-
 class ImageLibrary:
-    """Finds images by bytes, URI or digest, and keeps them for a while. Its methods may block: call them in a thread.
+    """Finds images by bytes, URI or digest, and keeps them for a while. What reads files may block: use threads.
 
     Each image belongs to the owner that the methods are given, and nobody else finds it by its digest.
 
@@ -67,8 +45,9 @@ class ImageLibrary:
         """
         if not data:
             raise InvalidFieldError.of("data", "is empty; must be an encoded image")
-        header = read_header(data, self._limits)
-        return KnownImage(self._store.put(owner, data), data, header, owner)
+        image = KnownImage(digest_of(data), data, read_header(data, self._limits), owner)
+        self._store.put(image)
+        return image
 
     def from_uri(self, owner: str, uri: str) -> KnownImage:
         """Read a URI, as far as the policy allows, and keep the image.
@@ -80,11 +59,10 @@ class ImageLibrary:
         return self.from_data(owner, read_uri(uri, self._policy, self._limits, self._look_ups))
 
     def from_digest(self, owner: str, digest: str) -> KnownImage:
-        """Find an image that the owner has sent before.
+        """Find an image that the owner has sent before. Never blocks.
 
         Raises:
             InvalidFieldError: If the digest is malformed.
             ImageNotFoundError: If the image is not at hand.
         """
-        data = self._store.get(owner, digest)
-        return KnownImage(digest, data, read_header(data, self._limits), owner)
+        return self._store.get(owner, digest)

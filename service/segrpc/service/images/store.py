@@ -6,13 +6,14 @@ from threading import Lock
 from segrpc.service.admission.ledger import Ledger
 from segrpc.service.admission.limits import Resource
 from segrpc.service.errors import ImageNotFoundError, InvalidFieldError
-from segrpc.service.images.decode import digest_of, is_digest
+from segrpc.service.images.decode import is_digest
+from segrpc.service.images.known import KnownImage
 
 Key = tuple[str, str]  # owner, digest
 
 
 class ImageStore:
-    """Keeps encoded files while there is room; then the one that was not used for longest goes first.
+    """Keeps images while there is room; then the one that was not used for longest goes first.
 
     Whoever uses up its own share makes room among its own files. When the room of all is used up, the owner that has
     most of it gives: one who has little loses nothing to those who have much.
@@ -27,27 +28,26 @@ class ImageStore:
 
     def __init__(self, ledger: Ledger | None = None) -> None:
         self._ledger = ledger or Ledger()
-        self._files: dict[str, OrderedDict[str, bytes]] = {}  # by owner and digest; the longest unused first
+        self._files: dict[str, OrderedDict[str, KnownImage]] = {}  # by owner and digest; the longest unused first
         self._lock = Lock()
 
-    def put(self, owner: str, data: bytes) -> str:
-        """Keep a file and return its digest. A file larger than all that there may be is not kept."""
-        digest = digest_of(data)
+    def put(self, image: KnownImage) -> None:
+        """Keep an image. One whose file is larger than all that there may be is not kept."""
+        owner, digest, nbytes = image.owner, image.digest, len(image.data)
         with self._lock:
             own = self._files.get(owner)
             if own is not None and digest in own:
                 own.move_to_end(digest)
-            elif self._make_room(owner, len(data)):
-                self._files.setdefault(owner, OrderedDict())[digest] = data
-                self._ledger.add(Resource.IMAGE_BYTES, owner, len(data))
-        return digest
+            elif self._make_room(owner, nbytes):
+                self._files.setdefault(owner, OrderedDict())[digest] = image
+                self._ledger.add(Resource.IMAGE_BYTES, owner, nbytes)
 
-    def get(self, owner: str, digest: str) -> bytes:
-        """Return an owner's file of a digest.
+    def get(self, owner: str, digest: str) -> KnownImage:
+        """Return an owner's image of a digest.
 
         Raises:
             InvalidFieldError: If the digest is malformed.
-            ImageNotFoundError: If the file is not, or no longer, at hand.
+            ImageNotFoundError: If the image is not, or no longer, at hand.
         """
         if not is_digest(digest):
             raise InvalidFieldError.of("digest", "must be sha256: and 64 lower-case hexadecimal digits")
@@ -95,5 +95,5 @@ class ImageStore:
         _, oldest = own.popitem(last=False)
         if not own:
             del self._files[owner]
-        self._ledger.add(Resource.IMAGE_BYTES, owner, -len(oldest))
-        return len(oldest)
+        self._ledger.add(Resource.IMAGE_BYTES, owner, -len(oldest.data))
+        return len(oldest.data)

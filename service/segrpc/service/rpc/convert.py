@@ -253,6 +253,15 @@ def segment_response(
     )
 
 
+def copied_bytes(output: SegmentationOutput, mask_encoding: int) -> int | None:
+    """Tell how many bytes are copied to make a response; None if masks have to be made anew for it."""
+    if mask_encoding in (types_pb2.MASK_ENCODING_RUN_LENGTHS, types_pb2.MASK_ENCODING_PNG):
+        return None
+    tensors = (output.mask_logits, output.image_embedding, *(output.high_resolution_features or ()))
+    counts = sum(len(mask.counts) for row in output.masks for mask in row)
+    return counts + sum(len(tensor.data) for tensor in tensors if tensor is not None)
+
+
 def encode_image_response(request_id: str, model: str, digest: str, result: EncodeResult, total: float) -> bytes:
     """Turn an engine's result into a serialised EncodeImageResponse."""
     response = segmentation_service_pb2.EncodeImageResponse(

@@ -18,6 +18,7 @@ from segrpc.service.errors import DrainingError, MalformedMessageError, SegrpcEr
 from segrpc.service.identity.authenticator import Authenticator
 from segrpc.service.identity.principal import ANONYMOUS, Principal
 from segrpc.service.rpc.caller import CallContext, credentials_of, trace_parent_of
+from segrpc.service.rpc.offload import COPY_BYTES, sized
 from segrpc.service.rpc.status import CHALLENGE_KEY, DETAILS_KEY, challenge_of, internal_status, status_of
 from segrpc.service.telemetry.call import Call, Observer
 
@@ -27,7 +28,6 @@ T = TypeVar("T")
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"  # generic for type checkers only
 
-OFFLOAD_BYTES = 256 * 1024  # larger messages are parsed and serialised in a thread: the loop must stay free
 TRAVEL_SECONDS = 0.5  # that a call may take to reach us
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -118,13 +118,13 @@ class Boundary(grpc.aio.ServerInterceptor):
             async with self._call(method, context, serialise) as call:
                 call.record.received_bytes = len(raw)
                 with self._ledger.held(Resource.IN_FLIGHT_BYTES, call.principal.name, len(raw)):
-                    request = await _sized(len(raw), _parser(method, parse), raw)
+                    request = await sized(len(raw), COPY_BYTES, _parser(method, parse), raw)
                     call.adopt(request)
                     response = await behaviour(request, call.context)
                 if isinstance(response, bytes):  # the handler serialised it, because it is large
                     data = response
                 else:
-                    data = await _sized(response.ByteSize(), serialise, response)
+                    data = await sized(response.ByteSize(), COPY_BYTES, serialise, response)
                 call.record.sent_bytes = len(data)
                 return data
 
@@ -308,11 +308,6 @@ def _one_parser(method: str, parse: Any) -> Callable[[bytes, _Call], Any]:
         return _parser(method, parse)(raw)
 
     return parsed
-
-
-async def _sized(nbytes: int, work: Callable[..., T], *args: Any) -> T:
-    """Do work that grows with a message's size: small ones here, large ones in a thread."""
-    return await asyncio.to_thread(work, *args) if nbytes > OFFLOAD_BYTES else work(*args)
 
 
 async def _abort(context: Any, status: status_pb2.Status, challenge: str = "") -> None:

@@ -23,7 +23,7 @@ from segrpc.service.errors import (
     SegrpcError,
     WorkerUnavailableError,
 )
-from segrpc.service.images.library import KnownImage
+from segrpc.service.images.known import KnownImage
 from segrpc.service.images.upload import Upload
 from segrpc.service.rpc import convert, refine_convert
 from segrpc.service.rpc.outbox import Outbox

@@ -15,9 +15,10 @@ from segrpc.service.errors import (
     NoPredictorStateError,
     SegrpcError,
 )
-from segrpc.service.images.library import KnownImage
+from segrpc.service.images.known import KnownImage
 from segrpc.service.images.upload import Upload
 from segrpc.service.rpc import convert
+from segrpc.service.rpc.offload import CONVERT_BYTES, COPY_BYTES, sized
 from segrpc.service.rpc.refine import RefineStream
 from segrpc.service.rpc.services import Services
 from segrpc.service.rpc.sources import find_image
@@ -57,20 +58,23 @@ class SegmentationServicer(SegmentationServiceServicer):
         dtype = convert.tensor_dtype(request.output.tensor_dtype, "output.tensor_dtype")
         image = await self._session_image(request, context)
         try:
-            given = await asyncio.to_thread(convert.segmentation_input, request, image.data)
+            given = await sized(request.ByteSize(), CONVERT_BYTES, convert.segmentation_input, request, image.data)
             asked = time.perf_counter()
             job = SegmentJob(model.name, image.key, given, dtype, image.header, image.owner)
             result = await self._engine.segment(job, token)
         except SegrpcError as error:
             raise convert.in_request_terms(error) from error.__cause__
         context.call.computed("segment", model.name, result.times, asked)
-        return await asyncio.to_thread(
+        encoding = request.output.mask_encoding
+        return await sized(
+            convert.copied_bytes(result.output, encoding),
+            COPY_BYTES,
             convert.segment_response,
             request.request_id,
             model.name,
             image.digest,
             result,
-            request.output.mask_encoding,
+            encoding,
             time.perf_counter() - start,
         )
 
@@ -140,7 +144,7 @@ class SegmentationServicer(SegmentationServiceServicer):
             raise NoPredictorStateError("reset_predictor is false, but no session_id says whose image to keep")
         digest = self._services.current_images.get(caller, session_id)
         try:
-            return await asyncio.to_thread(self._images.from_digest, owner, digest)
+            return self._images.from_digest(owner, digest)
         except ImageNotFoundError:
             raise NoPredictorStateError(
                 f"the image of session {session_id!r} had to make room: send it again, with reset_predictor true"

@@ -6,7 +6,8 @@ from functools import partial
 from typing import Any
 
 from segrpc.service.errors import InvalidFieldError, InvalidInputError, Violation
-from segrpc.service.images.library import ImageLibrary, KnownImage
+from segrpc.service.images.known import KnownImage
+from segrpc.service.images.library import ImageLibrary
 from segrpc.v1 import types_pb2
 
 
@@ -33,6 +34,8 @@ async def find_image(images: ImageLibrary, owner: str, message: types_pb2.Image,
     threads = images.fetchers if source == "uri" else None
     find = partial(finders[source], owner, getattr(message, source))
     try:
+        if source == "digest":
+            return find()
         return await asyncio.get_running_loop().run_in_executor(threads, find)
     except InvalidFieldError as error:
         raise InvalidFieldError.of(f"{field}.{source}", error.violations[0].description) from None

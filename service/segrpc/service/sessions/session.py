@@ -14,7 +14,7 @@ from segrpc.service.admission.ledger import Ledger
 from segrpc.service.admission.limits import Resource
 from segrpc.service.engine.base import SegmentResult, StageTimes
 from segrpc.service.errors import InvalidFieldError, OverloadedError, SegrpcError, Violation
-from segrpc.service.images.library import KnownImage
+from segrpc.service.images.known import KnownImage
 from segrpc.service.schemas import NDArrayFloat, SegmentationInput
 from segrpc.service.sessions.edits import (
     Edit,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from segrpc.service.admission.ledger import Ledger
 from segrpc.service.admission.limits import Resource
 from segrpc.service.errors import SegrpcError, SessionNotFoundError, SessionTakenError
-from segrpc.service.images.library import KnownImage
+from segrpc.service.images.known import KnownImage
 from segrpc.service.sessions.edits import Scene
 from segrpc.service.sessions.session import RefineOptions, Session
 
