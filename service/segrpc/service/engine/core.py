@@ -157,13 +157,17 @@ class Core:
                     image = self._cached(ticket.work.model, ticket.work.digest)
                     ticket.settle(EncodedImage(image.header, StageTimes()))
                     continue
-                prepared = ticket.progress = ticket.progress or self._prepare(ticket)
+                prepared = ticket.progress or self._prepare(ticket)
             except Exception as error:  # noqa: BLE001
                 ticket.settle(error)
                 continue
+            finally:
+                # It knows its ticket: a circle would keep the embedding until Python looks for circles.
+                ticket.progress = None
             if prepared.model.batches:
                 together.setdefault(prepared.work.model, []).append(prepared)
             elif self._decode_next(prepared):
+                ticket.progress = prepared
                 unfinished.append(ticket)
         for group in together.values():
             self._decode(group)
