@@ -70,6 +70,15 @@ def test_an_embedding_is_let_go_after_the_last_prompt(core: Core, held_before: i
     assert embeddings() == held_before
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_work_whose_prompts_take_turns_is_decoded_with_no_other(core: Core, count: int) -> None:
+    encode(core)
+    ticket = clicks(count)
+    while core.decode([ticket]):
+        pass
+    assert ticket.future.result(0).times.batch == 1
+
+
 def test_an_embedding_is_let_go_when_the_caller_leaves(core: Core, held_before: int) -> None:
     encode(core)
     token = CancelToken()

@@ -240,6 +240,7 @@ class Core:
                     one.masks += self._with_memory(name, lambda: model.to_masks_of_all(decoded, sizes))
                 one.decoded += decoded
                 one.done += 1
+                one.times.batch = 1
             if one.done < len(one.requests):
                 return True
             one.ticket.settle(self._assemble(one, one.decoded, one.masks))
