@@ -119,7 +119,7 @@ async def repeat(
         AssertionError: If a mask differs, or one that is shown is not among them.
     """
     replayed = await record.insist("replay", lambda: client.replay(export, file))
-    assert replayed.same_image
+    assert replayed.same_image, (replayed.image, export["image"])
     assert replayed.identical, [one.revision for one in replayed.different]
     compared = {one.revision for one in replayed.rounds if one.identical}
     shown = {result.shown_revision for result in results.values()} - {0}

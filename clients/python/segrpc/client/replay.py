@@ -43,13 +43,14 @@ class Replay:
     """A session that was computed again.
 
     Attributes:
-        image: The image.
-        same_image: Whether it is the very file of the session.
+        image: The image, as the server saw it; None if there are no rounds.
+        same_image: Whether it is the very file of the session; None if there are no rounds, and the image is a URI, so
+            that nobody looked.
         rounds: All rounds, in order.
     """
 
     image: ImageInfo | None
-    same_image: bool
+    same_image: bool | None
     rounds: tuple[ReplayedRound, ...]
 
     @property
@@ -91,7 +92,8 @@ def replay(export: Mapping[str, Any], image: ImageLike, sent: SentImages) -> Flo
         if result.logits is not None:
             logits[one["revision"]] = result.logits[0]
         rounds.append(_compared(one, result.predictions[0]))
-    return Replay(found, found is not None and found.digest == about["digest"], tuple(rounds))
+    digest = file.digest if found is None else found.digest
+    return Replay(found, digest == about["digest"] if digest else None, tuple(rounds))
 
 
 def _parts(export: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -20,12 +20,13 @@ from segrpc.v1.segmentation_service_pb2 import SegmentRequest, SegmentResponse
 from tests.unit.client.sessions.responses import IMAGE, opened, rejected, result, round_of
 
 LOGITS = np.arange(4, dtype=np.float32).reshape(2, 2)
+PHOTO = load_image(b"photo")
 
 
 def exported() -> dict[str, Any]:
     """Export a session of two objects: three rounds, one of which was overtaken, and one that was undone."""
     state = SessionState(
-        NewSession(load_image(b"photo"), SentImages()),
+        NewSession(PHOTO, SentImages()),
         {"model": "sam", "num_multimask_outputs": 3, "request_id": "mine"},
         60.0,
     )
@@ -76,7 +77,7 @@ def test_an_export_tells_what_was_computed() -> None:
 
 
 def test_logits_of_another_process_and_of_rejected_edits() -> None:
-    state = SessionState(NewSession(load_image(b"photo"), SentImages()), {}, 60.0)
+    state = SessionState(NewSession(PHOTO, SentImages()), {}, 60.0)
     list(state.opening(0.0))
     state.received(opened())
     state.submit(SetMask(LOGITS))
@@ -100,9 +101,11 @@ def answer(*scores: float, logits: float | None = None, width: int = 4) -> Segme
     return response
 
 
-def run(export: Any, responses: Iterable[SegmentResponse]) -> tuple[Replay, list[SegmentRequest]]:
+def run(
+    export: Any, responses: Iterable[SegmentResponse], image: bytes | str = b"photo"
+) -> tuple[Replay, list[SegmentRequest]]:
     """Replay with the given answers; return the requests as well."""
-    steps, requests = replay(export, b"photo", SentImages()), []
+    steps, requests = replay(export, image, SentImages()), []
     try:
         call = next(steps)
         for response in responses:
@@ -159,6 +162,17 @@ def test_another_image() -> None:
     found, _ = run(exported(), responses)
     assert found.identical
     assert not found.same_image
+
+
+@pytest.mark.parametrize(
+    ("image", "same_image"),
+    [(b"photo", True), (PHOTO.digest, True), (b"another", False), (IMAGE.digest, False), ("https://it.is/one", None)],
+)
+def test_the_image_of_a_session_without_rounds(image: bytes | str, same_image: bool | None) -> None:
+    about = {"digest": PHOTO.digest, "width": 4, "height": 2}
+    found, _ = run({**exported(), "image": about, "rounds": [], "objects": {}}, [], image)
+    assert (found.rounds, found.identical, found.image) == ((), True, None)
+    assert found.same_image is same_image
 
 
 @pytest.mark.parametrize(

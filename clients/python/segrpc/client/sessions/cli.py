@@ -88,7 +88,7 @@ def _print(replay: Replay) -> None:
     words = {True: "identical", False: "DIFFERENT", None: "not recorded"}
     for one in replay.rounds:
         print(f"object {one.object_id}, revision {one.revision}: {words[one.identical]}")
-    if not replay.same_image:
+    if replay.same_image is False:
         print("the image is another file than that of the session")
     compared = sum(one.identical is not None for one in replay.rounds)
     print(f"{compared - len(replay.different)} of {compared} recorded rounds are identical")
