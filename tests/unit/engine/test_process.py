@@ -6,7 +6,7 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -100,6 +100,49 @@ async def test_a_worker_that_is_stuck_is_replaced(
         assert answer.output == (await ask(engine, A)).output
     assert f"its thread '{'encode' if stage == 'embed' else 'decode'}' has given none for 2 s" in caplog.text
     assert f"in {stage}\n" in capfd.readouterr().err  # a line of a traceback
+
+
+@pytest.fixture
+def unkillable(monkeypatch: pytest.MonkeyPatch) -> Iterator[list["subprocess.Popen[bytes]"]]:
+    """The processes that were killed in vain, as those that wait in a driver: no test can make the system do that."""
+    killed: list[subprocess.Popen[bytes]] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(child, "KILL_SECONDS", 0.2)
+        patch.setattr(subprocess.Popen, "kill", lambda one: killed.append(one))
+        yield killed
+    for one in killed:
+        one.kill()
+        one.wait()
+
+
+async def test_a_worker_that_not_even_a_kill_ends_is_replaced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, unkillable: list["subprocess.Popen[bytes]"]
+) -> None:
+    async with running("process", tmp_path, "held", hang_seconds=2.0) as engine:
+        before = await ask(engine, A)
+        (pid,) = engine.stats().worker_pids
+        os.kill(pid, signal.SIGSTOP)
+        assert (await ask(engine, A)).output == before.output
+        stats = engine.stats()
+        assert stats.worker_restarts == 1
+        assert stats.worker_pids != (pid,)
+    assert f"worker {pid} has not ended 0.2 s after it was killed" in caplog.text
+    assert f"worker {pid} cannot be ended; another one is started" in caplog.text
+    assert unkillable[0].pid == pid
+    assert unkillable[0].poll() is None
+
+
+async def test_an_engine_stops_though_not_even_a_kill_ends_its_worker(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    unkillable: list["subprocess.Popen[bytes]"],
+) -> None:
+    monkeypatch.setattr(child, "STOP_SECONDS", 0.2)
+    async with running("process", tmp_path, "held") as engine:
+        os.kill(engine.stats().worker_pids[0], signal.SIGSTOP)
+    assert "has not ended 0.2 s after it was killed" in caplog.text
+    assert [one.poll() for one in unkillable] == [None]
 
 
 async def test_a_worker_that_is_never_done_with_loading(

@@ -23,6 +23,8 @@ log = logging.getLogger("segrpc.engine")
 STOP_SECONDS = 10.0  # for unloading the models; then the process is killed
 LOAD_SECONDS = 600.0  # for loading the models, at least: disks may be far away
 DUMP_SECONDS = 1.0  # for writing down where its threads are, before a process that is stuck is killed
+# For the system to end a process that is killed: it frees its memory first. One that waits in a driver may never end.
+KILL_SECONDS = 15.0
 
 # What the operator's environment may override. Threads that wait for each other must not spin: the other lane needs the
 # processor (docs/adr/0006-worker.md).
@@ -60,9 +62,13 @@ class Link:
         """Send a message; never blocks."""
         self._outbox.put(message)
 
+    def shut(self) -> None:
+        """End the connection, as if the other end were closed; never blocks."""
+        self._connection.shut()
+
     def close(self) -> None:
         """End the threads and free the connection; blocks for a moment."""
-        self._connection.shut()
+        self.shut()
         self._outbox.put(None)
         for thread in self._threads:
             thread.join()
@@ -151,8 +157,8 @@ class Child:
             if isinstance(first, Failed):
                 raise first.error
         except WorkerLost:
-            status = await child.kill()
-            text = f"a worker ended with status {status} while it loaded the models; is there enough memory?"
+            fate = await child.kill()
+            text = f"a worker {fate} while it loaded the models; is there enough memory?"
             raise WorkerLost(text) from None
         except BaseException:
             await child.kill()
@@ -205,22 +211,31 @@ class Child:
             log.warning("worker %d did not end within %g s and is killed", self.pid, STOP_SECONDS)
         await self.kill()
 
-    async def kill(self) -> int:
+    async def kill(self) -> str:
         """End it at once, if it has not ended, and free what it took here.
 
         Returns:
-            Its exit status; negative for the signal that ended it.
+            How it ended, to go on after "worker N": its exit status, negative for the signal that ended it.
         """
         self._lost = _nobody
         self._unwatch()
         self._process.kill()
         return await asyncio.to_thread(self._close)
 
-    def _close(self) -> int:
-        status = self._process.wait()
+    def _close(self) -> str:
+        try:
+            fate = f"ended with status {self._process.wait(KILL_SECONDS)}"
+        except subprocess.TimeoutExpired:
+            fate = "cannot be ended"
+            log.critical(
+                "worker %d has not ended %g s after it was killed: it hangs in the system, perhaps in the driver of "
+                "its device (see dmesg). What it holds of that and of memory may stay taken until the machine restarts",
+                self.pid,
+                KILL_SECONDS,
+            )
         self._quick.close()
         self._bulk.close()
-        return status
+        return fate
 
     # A worker that is stuck
 
@@ -254,7 +269,16 @@ class Child:
     def _end_stuck(self) -> None:
         log.error("worker %d is ended; this is where its threads are:", self.pid)
         self._process.send_signal(DUMP_SIGNAL)
-        self._look_next = asyncio.get_running_loop().call_later(DUMP_SECONDS, self._process.kill)
+        self._look_next = asyncio.get_running_loop().call_later(DUMP_SECONDS, self._kill_stuck)
+
+    def _kill_stuck(self) -> None:
+        self._process.kill()
+        self._look_next = asyncio.get_running_loop().call_later(KILL_SECONDS, self._give_up)
+
+    def _give_up(self) -> None:
+        """Take it for gone though the system has not ended it: its calls must not wait for that."""
+        self._quick.shut()
+        self._bulk.shut()
 
     def _unwatch(self) -> None:
         if self._look_next is not None:

@@ -140,8 +140,8 @@ class ProcessBackend:
         self._restarting = asyncio.create_task(self._restart(dead))
 
     async def _restart(self, dead: Child) -> None:
-        status = await dead.kill()
-        log.error("worker %d ended with status %d; another one is started", dead.pid, status)
+        fate = await dead.kill()
+        log.error("worker %d %s; another one is started", dead.pid, fate)
         while True:
             await asyncio.sleep(self._delay)
             self._delay = min(max(2 * self._delay, FIRST_DELAY), LAST_DELAY)
