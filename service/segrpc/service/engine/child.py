@@ -269,14 +269,11 @@ class Child:
     def _end_stuck(self) -> None:
         log.error("worker %d is ended; this is where its threads are:", self.pid)
         self._process.send_signal(DUMP_SIGNAL)
-        self._look_next = asyncio.get_running_loop().call_later(DUMP_SECONDS, self._kill_stuck)
+        self._look_next = asyncio.get_running_loop().call_later(DUMP_SECONDS, self._abandon)
 
-    def _kill_stuck(self) -> None:
+    def _abandon(self) -> None:
+        """Kill it and take it for gone: its calls must not wait for a process that hangs in a driver and never ends."""
         self._process.kill()
-        self._look_next = asyncio.get_running_loop().call_later(KILL_SECONDS, self._give_up)
-
-    def _give_up(self) -> None:
-        """Take it for gone though the system has not ended it: its calls must not wait for that."""
         self._quick.shut()
         self._bulk.shut()
 
